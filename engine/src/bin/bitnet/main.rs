@@ -1,0 +1,2 @@
+//! bitnet.
+fn main() {}
