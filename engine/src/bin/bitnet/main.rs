@@ -1,2 +1,96 @@
-//! bitnet.
-fn main() {}
+//! `bitnet`: the reference engine on the command line.
+//!
+//! Exit codes: 0 success, 1 the work failed (the message on standard error says where and what), 2 wrong usage.
+
+#![forbid(unsafe_code)]
+
+mod backends;
+mod bench;
+mod generate;
+mod inspect;
+mod logits;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use bitnet_engine::EngineOptions;
+use bitnet_engine::model::ModelSource;
+use clap::{Args, Parser, Subcommand};
+
+/// BitNet b1.58 inference: ternary weights, int8 activations.
+#[derive(Parser)]
+#[command(name = "bitnet", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Continue a prompt, writing the text as it comes.
+    Generate(generate::GenerateArgs),
+    /// Write the logits of token sequences to a safetensors file.
+    Logits(logits::LogitsArgs),
+    /// Show a model's architecture, tensors and sizes.
+    Inspect(inspect::InspectArgs),
+    /// Measure prefill and decode speed.
+    Bench(bench::BenchArgs),
+    /// List the backends that are compiled in and the instruction sets of this CPU.
+    Backends(backends::BackendsArgs),
+}
+
+/// Which model, on how many threads.
+#[derive(Args)]
+struct ModelArgs {
+    /// Folder with config.json and model.safetensors (default: the embedded tiny model).
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Threads (default: as many as the process may use).
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+impl ModelArgs {
+    fn source(&self) -> ModelSource {
+        self.model.clone().map_or(ModelSource::Embedded, ModelSource::Folder)
+    }
+
+    fn options(&self) -> EngineOptions {
+        let options = EngineOptions::default();
+        match self.threads {
+            Some(threads) => options.with_threads(threads),
+            None => options,
+        }
+    }
+
+    fn name(&self) -> String {
+        self.model.as_ref().map_or_else(|| "tiny (embedded)".to_string(), |dir| dir.display().to_string())
+    }
+}
+
+/// Any failure of a subcommand.
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let outcome = match Cli::parse().command {
+        Command::Generate(args) => generate::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Backends(args) => backends::run(&args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        // A reader that has seen enough (`bitnet inspect | head`) is no failure.
+        Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &(dyn std::error::Error + 'static)) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}

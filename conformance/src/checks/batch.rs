@@ -1,0 +1,81 @@
+//! A sequence in a batch is the sequence alone.
+
+use super::support::{forward, logits_of, prompt, same_logits};
+use crate::backend::Capabilities;
+use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet};
+
+const BATCH: Category = Category::Batch;
+
+const fn needs_batch(capabilities: &Capabilities) -> Applicability {
+    if capabilities.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }
+}
+
+pub(super) const CHECKS: &[Check] = &[
+    Check::new("BAT-1", "batch/row_is_alone", BATCH, "every row of a batch has the logits it has alone", row_is_alone)
+        .needs(needs_batch)
+        .on(ModelSet::Every),
+    Check::new("BAT-2", "batch/order_of_rows", BATCH, "the order of rows does not show, and equal rows are equal", order_of_rows).needs(needs_batch),
+    Check::new("BAT-3", "batch/loud_neighbour", BATCH, "the contents of a neighbour do not show", loud_neighbour).needs(needs_batch),
+    Check::new("BAT-4", "batch/declared", BATCH, "a backend that declares no batches refuses them", declared),
+];
+
+fn row_is_alone(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let rows: Vec<Vec<u32>> = (0..5).map(|b| prompt(ctx.facts(), 6, 80 + b)).collect();
+    let mut alone = Vec::new();
+    for row in &rows {
+        alone.push(logits_of(engine.as_mut(), row)?.data);
+    }
+    for size in [1, 2, 3, 5] {
+        let logits = forward(engine.as_mut(), &rows[..size], None)?;
+        for (i, expected) in alone[..size].iter().enumerate() {
+            same_logits(ctx, format!("logits of row {i} in a batch of {size}"), logits.sequence(i), expected);
+        }
+    }
+    Ok(())
+}
+
+fn order_of_rows(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let rows: Vec<Vec<u32>> = (0..3).map(|b| prompt(ctx.facts(), 5, 90 + b)).collect();
+    let logits = forward(engine.as_mut(), &rows, None)?;
+    let order = [2, 0, 1, 0];
+    let shuffled: Vec<Vec<u32>> = order.iter().map(|&i| rows[i].clone()).collect();
+    let seen = forward(engine.as_mut(), &shuffled, None)?;
+    for (place, &row) in order.iter().enumerate() {
+        same_logits(ctx, format!("logits of row {row} at place {place}"), seen.sequence(place), logits.sequence(row));
+    }
+    same_logits(ctx, "logits of two equal rows", seen.sequence(3), seen.sequence(1));
+    Ok(())
+}
+
+fn loud_neighbour(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let row = prompt(ctx.facts(), 4, 95);
+    let mut expected: Option<Vec<f32>> = None;
+    for salt in 0..6 {
+        let rows = [prompt(ctx.facts(), 4, 100 + salt), row.clone(), vec![salt as u32; 4]];
+        let logits = forward(engine.as_mut(), &rows, None)?;
+        match &expected {
+            None => expected = Some(logits.sequence(1).to_vec()),
+            Some(expected) => {
+                same_logits(ctx, format!("logits beside neighbours {salt}"), logits.sequence(1), expected);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn declared(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let rows = [prompt(ctx.facts(), 3, 96), prompt(ctx.facts(), 3, 97)];
+    let result = super::support::try_forward(engine.as_mut(), &rows, None)?;
+    if ctx.capabilities().batch {
+        ctx.check_ok("a batch of two", result);
+    } else {
+        // Declared absent, it must be refused: an answer for a batch that nothing checks could be anything.
+        let kind = |e: &bitnet_contracts::InferenceError| matches!(e, bitnet_contracts::InferenceError::ForwardPass(_));
+        ctx.expect_error("a batch of two, declared absent", result, kind, "a ForwardPassError");
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! No position sees a later one, and every position sees the earlier ones.
+
+use super::support::{forward, logits_of, other_token, prompt, same_logits};
+use crate::case::{Category, Check, CheckResult, Context, ModelSet};
+use bitnet_contracts::KVCache;
+
+const CAUSALITY: Category = Category::Causality;
+
+pub(super) const CHECKS: &[Check] = &[
+    Check::new("CAU-1", "causality/later_tokens_do_not_show", CAUSALITY, "a token has no influence on logits before it", later_tokens_do_not_show)
+        .on(ModelSet::Every),
+    Check::new("CAU-1", "causality/later_tokens_do_not_show_with_a_cache", CAUSALITY, "the same within a chunk behind a filled cache", later_tokens_with_a_cache),
+    Check::new("CAU-2", "causality/earlier_tokens_show", CAUSALITY, "every earlier token and the order of tokens have an influence", earlier_tokens_show)
+        .on(ModelSet::Every),
+];
+
+const LENGTH: usize = 10;
+
+fn later_tokens_do_not_show(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let tokens = prompt(ctx.facts(), LENGTH, 30);
+    let base = logits_of(engine.as_mut(), &tokens)?;
+    for kept in 1..LENGTH {
+        let mut changed = tokens.clone();
+        for token in &mut changed[kept..] {
+            *token = other_token(ctx.facts(), *token);
+        }
+        let seen = logits_of(engine.as_mut(), &changed)?;
+        let what = format!("logits of positions 0..{kept} with other tokens behind them");
+        same_logits(ctx, what, seen.prefix(0, kept), base.prefix(0, kept));
+    }
+    Ok(())
+}
+
+fn later_tokens_with_a_cache(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let tokens = prompt(ctx.facts(), LENGTH, 31);
+    let past = 4;
+    let mut cache = KVCache::new(LENGTH);
+    forward(engine.as_mut(), &[tokens[..past].to_vec()], Some(&mut cache))?;
+    let base = forward(engine.as_mut(), &[tokens[past..].to_vec()], Some(&mut cache))?;
+    for kept in 1..LENGTH - past {
+        let mut changed = tokens[past..].to_vec();
+        for token in &mut changed[kept..] {
+            *token = other_token(ctx.facts(), *token);
+        }
+        cache.truncate(past);
+        let seen = forward(engine.as_mut(), &[changed], Some(&mut cache))?;
+        let what = format!("logits of {kept} new positions behind {past} cached, with other tokens after them");
+        same_logits(ctx, what, seen.prefix(0, kept), base.prefix(0, kept));
+    }
+    Ok(())
+}
+
+fn earlier_tokens_show(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let tokens = prompt(ctx.facts(), 6, 32);
+    let base = logits_of(engine.as_mut(), &tokens)?;
+    for position in 0..tokens.len() - 1 {
+        let mut changed = tokens.clone();
+        changed[position] = other_token(ctx.facts(), changed[position]);
+        let seen = logits_of(engine.as_mut(), &changed)?;
+        let differs = seen.last(0) != base.last(0);
+        ctx.check(differs, format!("another token at position {position} shows in the last row"), "the row is the same");
+    }
+    let mut swapped = tokens.clone();
+    swapped.swap(0, 2);
+    if swapped != tokens {
+        let seen = logits_of(engine.as_mut(), &swapped)?;
+        ctx.check(seen.last(0) != base.last(0), "the order of tokens shows in the last row", "the row is the same");
+    }
+    Ok(())
+}

@@ -1,0 +1,261 @@
+//! Many callers are each alone.
+
+use super::support::{forward, generate, plain, prompt};
+use crate::backend::Capabilities;
+use crate::case::{Applicability, Category, Check, CheckResult, Context, Stop};
+use bitnet_contracts::{
+    BitNetInference, ConcurrentInferenceEngine, Device, GenerationConfig, GenerationResult, InferenceOutput, KVCache,
+    MemoryUsage, ModelConfig, QuantizationType, Tensor, ThreadSafeInference,
+};
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+const CONCURRENCY: Category = Category::Concurrency;
+
+const fn needs_threads(capabilities: &Capabilities) -> Applicability {
+    if capabilities.thread_safe { Applicability::Run } else { Applicability::Unsupported("a thread-safe engine") }
+}
+
+pub(super) const CHECKS: &[Check] = &[
+    Check::new("CON-1", "concurrency/callers_are_alone", CONCURRENCY, "N callers at once get what each gets alone, bit for bit", callers_are_alone)
+        .needs(needs_threads)
+        .within(120),
+    Check::new("CON-1", "concurrency/wrapped_callers_are_alone", CONCURRENCY, "the same through ConcurrentInferenceEngine around any engine", wrapped_callers_are_alone)
+        .within(120),
+    Check::new("CON-2", "concurrency/copies_are_apart", CONCURRENCY, "thread-local copies share no state", copies_are_apart).needs(needs_threads),
+    Check::new("CON-3", "concurrency/workers", CONCURRENCY, "workers compute in parallel what one computes alone", workers).within(120),
+    Check::new("CON-4", "concurrency/panicking_caller", CONCURRENCY, "a caller that panics does not stop the others", panicking_caller),
+    Check::new("CON-5", "concurrency/declared", CONCURRENCY, "supports_concurrent_generation and the factory say the same", declared),
+];
+
+const CALLERS: usize = 4;
+
+/// What each caller asks: its own prompt, its own seed, sampling and penalties on.
+fn question(ctx: &Context<'_>, caller: usize) -> (Vec<u32>, GenerationConfig) {
+    let config = GenerationConfig { repetition_penalty: 1.2, top_k: Some(40), ..plain(caller as u64) };
+    (prompt(ctx.facts(), 3 + caller, 800 + caller as u64), config)
+}
+
+const TOKENS: usize = 8;
+
+/// The answers that one engine gives to the callers, one after the other.
+fn alone(ctx: &Context<'_>) -> Result<Vec<Vec<u32>>, Stop> {
+    let mut engine = ctx.engine()?;
+    let ask = |caller| {
+        let (tokens, config) = question(ctx, caller);
+        Ok(generate(engine.as_mut(), &tokens, TOKENS, &config)?.generated_tokens)
+    };
+    (0..CALLERS).map(ask).collect()
+}
+
+/// Asks all questions at once, each `rounds` times, and holds every answer against the one given alone.
+fn all_at_once<E>(ctx: &mut Context<'_>, what: &str, engine: &E, rounds: usize) -> CheckResult
+where
+    E: ThreadSafeInference + ?Sized,
+{
+    let expected = alone(ctx)?;
+    let questions: Vec<_> = (0..CALLERS).map(|caller| question(ctx, caller)).collect();
+    let start = Barrier::new(CALLERS);
+    let answers: Vec<_> = thread::scope(|scope| {
+        let callers: Vec<_> = questions
+            .iter()
+            .map(|(tokens, config)| {
+                let start = &start;
+                scope.spawn(move || {
+                    start.wait();
+                    (0..rounds).map(|_| engine.generate_concurrent(tokens, TOKENS, config)).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        callers.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    });
+    for (caller, answer) in answers.into_iter().enumerate() {
+        let Ok(results) = answer else {
+            ctx.check(false, format!("{what}: an answer for caller {caller}"), "it panicked");
+            continue;
+        };
+        for (round, result) in results.into_iter().enumerate() {
+            if let Some(result) = ctx.check_ok(format!("{what}: caller {caller}, round {round}"), result) {
+                let what = format!("{what}: tokens of caller {caller}, round {round}");
+                ctx.check_slices(what, &result.generated_tokens, &expected[caller]);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn callers_are_alone(ctx: &mut Context<'_>) -> CheckResult {
+    let engine = ctx.thread_safe()?;
+    all_at_once(ctx, "the engine's own generate_concurrent", engine.as_ref(), 3)?;
+    let wrapped = ConcurrentInferenceEngine::from_thread_safe(engine);
+    all_at_once(ctx, "ConcurrentInferenceEngine::from_thread_safe", &wrapped, 2)
+}
+
+fn wrapped_callers_are_alone(ctx: &mut Context<'_>) -> CheckResult {
+    let wrapped = ConcurrentInferenceEngine::new(ctx.engine()?);
+    ctx.check_eq("supports_concurrent_generation of the wrapper", wrapped.supports_concurrent_generation(), true);
+    ctx.check_eq("config of the wrapper", wrapped.config().vocab_size, ctx.facts().vocab_size);
+    all_at_once(ctx, "ConcurrentInferenceEngine::new", &wrapped, 2)
+}
+
+/// The logits of a sequence fed token by token.
+fn steps(engine: &mut dyn BitNetInference, tokens: &[u32], cache: &mut KVCache) -> Result<Vec<f32>, Stop> {
+    super::support::chunked(engine, tokens, &vec![1; tokens.len()], cache)
+}
+
+fn copies_are_apart(ctx: &mut Context<'_>) -> CheckResult {
+    let engine = ctx.thread_safe()?;
+    let mut own = ctx.engine()?;
+    let (a, b) = (prompt(ctx.facts(), 6, 810), prompt(ctx.facts(), 6, 811));
+    let expected = [steps(own.as_mut(), &a, &mut KVCache::new(6))?, steps(own.as_mut(), &b, &mut KVCache::new(6))?];
+    let mut copies = [engine.thread_local_copy()?, engine.thread_local_copy()?];
+    let mut caches = [KVCache::new(6), KVCache::new(6)];
+    let mut seen = [Vec::new(), Vec::new()];
+    for step in 0..6 {
+        for (i, tokens) in [&a, &b].into_iter().enumerate() {
+            seen[i].extend(forward(copies[i].as_mut(), &[vec![tokens[step]]], Some(&mut caches[i]))?.data);
+        }
+        if step == 2 {
+            copies[0].reset()?;
+        }
+    }
+    for i in 0..2 {
+        ctx.check_bits(format!("logits of copy {i}, step by step beside the other"), &seen[i], &expected[i]);
+    }
+    let [mut first, second] = copies;
+    drop(second);
+    drop(engine);
+    let alive = steps(first.as_mut(), &a, &mut KVCache::new(6))?;
+    ctx.check_bits("logits of a copy that outlives its engine", &alive, &expected[0]);
+    Ok(())
+}
+
+fn workers(ctx: &mut Context<'_>) -> CheckResult {
+    let expected = alone(ctx)?;
+    let mut engines = vec![("new", ConcurrentInferenceEngine::new(ctx.engine()?))];
+    if ctx.capabilities().thread_safe {
+        engines.push(("from_thread_safe", ConcurrentInferenceEngine::from_thread_safe(ctx.thread_safe()?)));
+    }
+    for (what, engine) in engines {
+        let workers = engine.create_workers(CALLERS)?;
+        ctx.check_eq(format!("{what}: workers made"), workers.len(), CALLERS);
+        let questions: Vec<_> = (0..CALLERS).map(|caller| question(ctx, caller)).collect();
+        let threads: Vec<_> = workers
+            .into_iter()
+            .zip(questions)
+            .map(|(mut worker, (tokens, config))| thread::spawn(move || worker.generate(&tokens, TOKENS, &config)))
+            .collect();
+        for (caller, thread) in threads.into_iter().enumerate() {
+            match thread.join() {
+                Ok(result) => {
+                    if let Some(result) = ctx.check_ok(format!("{what}: worker {caller}"), result) {
+                        let what = format!("{what}: tokens of worker {caller}");
+                        ctx.check_slices(what, &result.generated_tokens, &expected[caller]);
+                    }
+                }
+                Err(_) => {
+                    ctx.check(false, format!("{what}: an answer of worker {caller}"), "it panicked");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// An engine that panics in the middle of a generation from one particular prompt.
+struct PanicsOn {
+    inner: Box<dyn BitNetInference>,
+    prompt: Vec<u32>,
+}
+
+impl BitNetInference for PanicsOn {
+    fn forward(
+        &mut self,
+        input_ids: &Tensor,
+        kv_cache: Option<&mut KVCache>,
+    ) -> bitnet_contracts::Result<InferenceOutput> {
+        self.inner.forward(input_ids, kv_cache)
+    }
+
+    fn generate(
+        &mut self,
+        prompt_tokens: &[u32],
+        max_tokens: usize,
+        config: &GenerationConfig,
+    ) -> bitnet_contracts::Result<GenerationResult> {
+        let result = self.inner.generate(prompt_tokens, max_tokens, config);
+        if prompt_tokens == self.prompt {
+            // Without the panic hook: the message is part of the check, not of anybody's log.
+            std::panic::resume_unwind(Box::new("a caller that panics"));
+        }
+        result
+    }
+
+    fn generate_deterministic(
+        &mut self,
+        prompt_tokens: &[u32],
+        max_tokens: usize,
+        seed: u64,
+    ) -> bitnet_contracts::Result<GenerationResult> {
+        self.inner.generate_deterministic(prompt_tokens, max_tokens, seed)
+    }
+
+    fn config(&self) -> &ModelConfig {
+        self.inner.config()
+    }
+
+    fn device(&self) -> &Device {
+        self.inner.device()
+    }
+
+    fn supports_quantization(&self, qtype: QuantizationType) -> bool {
+        self.inner.supports_quantization(qtype)
+    }
+
+    fn memory_usage(&self) -> MemoryUsage {
+        self.inner.memory_usage()
+    }
+
+    fn reset(&mut self) -> bitnet_contracts::Result<()> {
+        self.inner.reset()
+    }
+}
+
+fn panicking_caller(ctx: &mut Context<'_>) -> CheckResult {
+    let expected = alone(ctx)?;
+    let fatal = prompt(ctx.facts(), 9, 820);
+    let inside = PanicsOn { inner: ctx.engine()?, prompt: fatal.clone() };
+    let mut engines: Vec<(&str, Arc<ConcurrentInferenceEngine>)> =
+        vec![("a panic inside the engine", Arc::new(ConcurrentInferenceEngine::new(Box::new(inside))))];
+    if ctx.capabilities().thread_safe {
+        let engine = ConcurrentInferenceEngine::from_thread_safe(ctx.thread_safe()?);
+        engines.push(("a panic of a thread that holds a handle", Arc::new(engine)));
+    }
+    for (what, engine) in engines {
+        let (handle, prompt) = (engine.as_ref().clone(), fatal.clone());
+        let caller = thread::spawn(move || {
+            let result = handle.generate_concurrent(&prompt, 2, &plain(1));
+            std::panic::resume_unwind(Box::new(format!("a caller that panics, with {result:?}")));
+        });
+        ctx.check(caller.join().is_err(), format!("{what}: that caller is gone"), "it returned");
+        all_at_once(ctx, &format!("after {what}"), engine.as_ref(), 1)?;
+        let (tokens, config) = question(ctx, 0);
+        let mut handle = engine.as_ref().clone();
+        let result = handle.generate(&tokens, TOKENS, &config);
+        if let Some(result) = ctx.check_ok(format!("generate after {what}"), result) {
+            ctx.check_slices(format!("tokens after {what}"), &result.generated_tokens, &expected[0]);
+        }
+    }
+    Ok(())
+}
+
+fn declared(ctx: &mut Context<'_>) -> CheckResult {
+    let made = ctx.factory().create_thread_safe(ctx.model());
+    ctx.check_eq("create_thread_safe gives an engine", made.is_some(), ctx.capabilities().thread_safe);
+    if let Some(engine) = made {
+        let engine = engine?;
+        ctx.check_eq("supports_concurrent_generation()", engine.supports_concurrent_generation(), true);
+        ctx.check_eq("vocab_size of the thread-safe engine", engine.config().vocab_size, ctx.facts().vocab_size);
+    }
+    Ok(())
+}

@@ -1,0 +1,319 @@
+//! The cache is invisible in the logits, exact in its length, and untouched by errors.
+
+use super::support::{
+    EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, logits_of, prompt, same_logits,
+    try_forward,
+};
+use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet};
+use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache};
+
+const KV: Category = Category::KvCache;
+
+pub(super) const CHECKS: &[Check] = &[
+    Check::new("KV-1", "kv_cache/chunked_is_whole", KV, "any split of a prompt into calls gives the logits of one call", chunked_is_whole)
+        .on(ModelSet::Every),
+    Check::new("KV-1", "kv_cache/long_decode_is_whole", KV, "token by token over the whole context gives the logits of one call", long_decode_is_whole)
+        .on(ModelSet::Where(|f| f.max_positions <= 64)),
+    Check::new("KV-1", "kv_cache/chunked_batch_is_whole", KV, "the same for a batch", chunked_batch_is_whole)
+        .needs(|c| if c.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }),
+    Check::new("KV-2", "kv_cache/no_cache_no_memory", KV, "without a cache nothing is remembered between calls", no_cache_no_memory),
+    Check::new("KV-3", "kv_cache/truncate_and_replay", KV, "truncate and go on is as if the rest had never been", truncate_and_replay),
+    Check::new("KV-4", "kv_cache/clear_and_reset", KV, "a cleared cache is as new, and reset() leaves the engine as new", clear_and_reset),
+    Check::new("KV-5", "kv_cache/overflow", KV, "more positions than fit are KVCacheError and change nothing", overflow),
+    Check::new("KV-6", "kv_cache/errors_change_nothing", KV, "after any error the cache is exactly as before the call", errors_change_nothing),
+    Check::new("KV-7", "kv_cache/foreign_cache", KV, "a cache filled on another model is KVCacheError and stays good for its owner", foreign_cache)
+        .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new("KV-8", "kv_cache/last_position", KV, "the context can be filled to the last position and not beyond", last_position)
+        .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new("KV-9", "kv_cache/other_batch", KV, "another batch size than the cache holds is an error and changes nothing", other_batch)
+        .needs(|c| if c.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }),
+    Check::new("KV-10", "kv_cache/two_caches", KV, "two caches on one engine do not see each other", two_caches),
+];
+
+/// Checks that the cache says it holds `len` positions.
+#[track_caller]
+fn check_len(ctx: &mut Context<'_>, what: &str, cache: &KVCache, len: usize) {
+    ctx.check_eq(format!("cache.len() {what}"), cache.len(), len);
+    ctx.check_eq(format!("cache.remaining() {what}"), cache.remaining(), cache.capacity() - len);
+}
+
+fn chunked_is_whole(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let tokens = prompt(ctx.facts(), 12, 40);
+    let whole = logits_of(engine.as_mut(), &tokens)?;
+    let splits: [&[usize]; 6] = [&[12], &[1, 11], &[11, 1], &[6, 6], &[1; 12], &[5, 1, 4, 2]];
+    for sizes in splits {
+        let mut cache = KVCache::new(16);
+        let (mut data, mut done) = (Vec::new(), 0);
+        for &size in sizes {
+            data.extend(forward(engine.as_mut(), &[tokens[done..done + size].to_vec()], Some(&mut cache))?.data);
+            done += size;
+            check_len(ctx, &format!("after {done} tokens in chunks {sizes:?}"), &cache, done);
+        }
+        same_logits(ctx, format!("logits in chunks {sizes:?}"), &data, &whole.data);
+    }
+    Ok(())
+}
+
+fn long_decode_is_whole(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let positions = ctx.facts().max_positions;
+    let tokens = prompt(ctx.facts(), positions, 41);
+    let whole = logits_of(engine.as_mut(), &tokens)?;
+    let mut cache = KVCache::new(positions);
+    let steps = chunked(engine.as_mut(), &tokens, &vec![1; positions], &mut cache)?;
+    same_logits(ctx, "logits token by token", &steps, &whole.data);
+    check_len(ctx, "at the end", &cache, positions);
+    Ok(())
+}
+
+fn chunked_batch_is_whole(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let rows = [prompt(ctx.facts(), 7, 42), prompt(ctx.facts(), 7, 43), prompt(ctx.facts(), 7, 44)];
+    let whole = forward(engine.as_mut(), &rows, None)?;
+    let mut cache = KVCache::new(8);
+    let mut done = 0;
+    for size in [3, 1, 2, 1] {
+        let piece: Vec<Vec<u32>> = rows.iter().map(|row| row[done..done + size].to_vec()).collect();
+        let seen = forward(engine.as_mut(), &piece, Some(&mut cache))?;
+        for row in 0..rows.len() {
+            let expected: Vec<f32> = (done..done + size).flat_map(|t| whole.row(row, t).to_vec()).collect();
+            let what = format!("logits of sequence {row}, positions {done}..{}", done + size);
+            same_logits(ctx, what, seen.sequence(row), &expected);
+        }
+        done += size;
+        // Positions of each sequence, not of the batch together.
+        check_len(ctx, &format!("after {done} positions of 3 sequences"), &cache, done);
+    }
+    Ok(())
+}
+
+fn no_cache_no_memory(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let (a, b) = (prompt(ctx.facts(), 5, 45), prompt(ctx.facts(), 3, 46));
+    let expected = logits_of(engine.as_mut(), &b)?;
+    logits_of(engine.as_mut(), &a)?;
+    let seen = logits_of(engine.as_mut(), &b)?;
+    ctx.check_bits("logits after another call without a cache", &seen.data, &expected.data);
+    let mut cache = KVCache::new(8);
+    forward(engine.as_mut(), std::slice::from_ref(&a), Some(&mut cache))?;
+    let seen = logits_of(engine.as_mut(), &b)?;
+    ctx.check_bits("logits without a cache after a call with one", &seen.data, &expected.data);
+    check_len(ctx, "after a call without it", &cache, a.len());
+    Ok(())
+}
+
+fn truncate_and_replay(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let tokens = prompt(ctx.facts(), 10, 47);
+    let wrong = prompt(ctx.facts(), 10, 48);
+    let straight = logits_of(engine.as_mut(), &tokens)?;
+    for kept in [0, 1, 4, 9] {
+        let mut cache = KVCache::new(10);
+        let mut first = tokens[..kept].to_vec();
+        first.extend(&wrong[kept..]);
+        forward(engine.as_mut(), &[first], Some(&mut cache))?;
+        cache.truncate(kept);
+        check_len(ctx, &format!("after truncate({kept})"), &cache, kept);
+        let rest = forward(engine.as_mut(), &[tokens[kept..].to_vec()], Some(&mut cache))?;
+        let expected: Vec<f32> = (kept..10).flat_map(|t| straight.row(0, t).to_vec()).collect();
+        same_logits(ctx, format!("logits after truncate({kept})"), &rest.data, &expected);
+    }
+    Ok(())
+}
+
+fn clear_and_reset(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let (a, b) = (prompt(ctx.facts(), 7, 49), prompt(ctx.facts(), 5, 50));
+    let mut fresh = KVCache::new(8);
+    let expected = forward(engine.as_mut(), std::slice::from_ref(&b), Some(&mut fresh))?;
+    let mut cache = KVCache::new(8);
+    forward(engine.as_mut(), &[a], Some(&mut cache))?;
+    cache.clear();
+    check_len(ctx, "after clear()", &cache, 0);
+    let seen = forward(engine.as_mut(), std::slice::from_ref(&b), Some(&mut cache))?;
+    ctx.check_bits("logits with a cleared cache", &seen.data, &expected.data);
+    engine.reset()?;
+    let seen = forward(engine.as_mut(), std::slice::from_ref(&b), Some(&mut KVCache::new(8)))?;
+    ctx.check_bits("logits after reset()", &seen.data, &expected.data);
+    engine.reset()?;
+    let mut after_reset = KVCache::new(8);
+    let first = forward(engine.as_mut(), &[b[..2].to_vec()], Some(&mut after_reset))?;
+    same_logits(ctx, "positions start at 0 after reset()", &first.data, expected.prefix(0, 2));
+    Ok(())
+}
+
+fn overflow(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let capacity = 6;
+    let tokens = prompt(ctx.facts(), capacity + 1, 51);
+    let whole = logits_of(engine.as_mut(), &tokens[..capacity])?;
+    for filled in [0, 1, capacity - 1, capacity] {
+        let mut cache = KVCache::new(capacity);
+        if filled > 0 {
+            forward(engine.as_mut(), &[tokens[..filled].to_vec()], Some(&mut cache))?;
+        }
+        let result = try_forward(engine.as_mut(), &[tokens[filled..].to_vec()], Some(&mut cache))?;
+        let what = format!("{} tokens into a cache with {filled} of {capacity} filled", tokens.len() - filled);
+        ctx.expect_error(&what, result, is_cache_error, "ForwardPassError::KVCacheError");
+        check_len(ctx, &format!("after refusing {what}"), &cache, filled);
+        if filled < capacity {
+            let rest = forward(engine.as_mut(), &[tokens[filled..capacity].to_vec()], Some(&mut cache))?;
+            let expected: Vec<f32> = (filled..capacity).flat_map(|t| whole.row(0, t).to_vec()).collect();
+            same_logits(ctx, format!("logits of what does fit, after refusing {what}"), &rest.data, &expected);
+            check_len(ctx, "when exactly full", &cache, capacity);
+        }
+    }
+    let result = try_forward(engine.as_mut(), &[tokens[..1].to_vec()], Some(&mut KVCache::new(0)))?;
+    ctx.expect_error("one token into a cache for none", result, is_cache_error, "ForwardPassError::KVCacheError");
+    Ok(())
+}
+
+fn errors_change_nothing(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let tokens = prompt(ctx.facts(), 8, 52);
+    let whole = logits_of(engine.as_mut(), &tokens)?;
+    let vocab = ctx.facts().vocab_size as u32;
+    let device = engine.device().clone();
+    let mut cache = KVCache::new(8);
+    forward(engine.as_mut(), &[tokens[..3].to_vec()], Some(&mut cache))?;
+
+    let result = try_forward(engine.as_mut(), &[vec![tokens[3], vocab, tokens[4]]], Some(&mut cache))?;
+    ctx.expect_error("an id beyond the vocabulary", result, is_invalid_token, "TokenizationError::InvalidToken");
+    check_len(ctx, "after a bad id", &cache, 3);
+
+    let floats = ids(&[tokens[3..5].to_vec()], &device)?.to_dtype(DType::F32)?;
+    let result = engine.forward(&floats, Some(&mut cache));
+    let invalid_input =
+        |e: &InferenceError| matches!(e, InferenceError::ForwardPass(ForwardPassError::InvalidInput { .. }));
+    ctx.expect_error("f32 ids", result, invalid_input, "ForwardPassError::InvalidInput");
+    check_len(ctx, "after f32 ids", &cache, 3);
+
+    let flat = ids(&[tokens[3..5].to_vec()], &device)?.flatten_all()?;
+    let result = engine.forward(&flat, Some(&mut cache));
+    ctx.check(result.is_err(), "ids of rank 1 are refused", "they were accepted");
+    check_len(ctx, "after ids of rank 1", &cache, 3);
+
+    let rest = forward(engine.as_mut(), &[tokens[3..].to_vec()], Some(&mut cache))?;
+    let expected: Vec<f32> = (3..8).flat_map(|t| whole.row(0, t).to_vec()).collect();
+    same_logits(ctx, "logits after three refused calls", &rest.data, &expected);
+    Ok(())
+}
+
+fn foreign_cache(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let other_model = ctx.other_model(EDIT_MODEL)?;
+    let mut other = ctx.factory().create(&other_model)?;
+    let tokens = prompt(ctx.facts(), 6, 53);
+    let whole = logits_of(engine.as_mut(), &tokens)?;
+    let mut cache = KVCache::new(8);
+    forward(engine.as_mut(), &[tokens[..4].to_vec()], Some(&mut cache))?;
+
+    let result = try_forward(other.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
+    ctx.expect_error("a cache of another model", result, is_cache_error, "ForwardPassError::KVCacheError");
+    check_len(ctx, "after the other model refused it", &cache, 4);
+    let rest = forward(engine.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
+    let expected: Vec<f32> = (4..6).flat_map(|t| whole.row(0, t).to_vec()).collect();
+    same_logits(ctx, "logits of the owner afterwards", &rest.data, &expected);
+
+    // Emptied, it belongs to nobody, and anybody may fill it.
+    cache.clear();
+    let expected = logits_of(other.as_mut(), &tokens[..3])?;
+    let result = forward(other.as_mut(), &[tokens[..3].to_vec()], Some(&mut cache))?;
+    ctx.compared(result.data.len());
+    ctx.check_eq("cache.len() with its new owner", cache.len(), 3);
+    // The other model has another vocabulary, so its logits are compared here, by bits or by its own tolerance.
+    let gap = result.data.iter().zip(&expected.data).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+    ctx.check_at_most("difference of the new owner's logits with an emptied and with no cache", f64::from(gap), 1e-1);
+    Ok(())
+}
+
+fn last_position(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let positions = ctx.facts().max_positions;
+    let tokens = prompt(ctx.facts(), positions + 1, 54);
+    let whole = logits_of(engine.as_mut(), &tokens[..positions])?;
+    ctx.check_eq("positions evaluated in one call", whole.seq, positions);
+    let too_long = |e: &InferenceError| {
+        matches!(
+            e,
+            InferenceError::ForwardPass(ForwardPassError::InvalidInput { .. } | ForwardPassError::KVCacheError { .. })
+        )
+    };
+    let result = try_forward(engine.as_mut(), std::slice::from_ref(&tokens), None)?;
+    ctx.expect_error("one token more than the context", result, too_long, "ForwardPassError::InvalidInput");
+
+    // A cache with room to spare does not make the context longer.
+    let mut cache = KVCache::new(positions + 8);
+    forward(engine.as_mut(), &[tokens[..positions - 1].to_vec()], Some(&mut cache))?;
+    let last = forward(engine.as_mut(), &[vec![tokens[positions - 1]]], Some(&mut cache))?;
+    same_logits(ctx, "logits of the last position", &last.data, whole.last(0));
+    let result = try_forward(engine.as_mut(), &[vec![tokens[positions]]], Some(&mut cache))?;
+    let name = "ForwardPassError::KVCacheError or InvalidInput";
+    ctx.expect_error("a position beyond the context", result, too_long, name);
+    check_len(ctx, "after the position beyond the context", &cache, positions);
+    Ok(())
+}
+
+fn other_batch(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let rows = [prompt(ctx.facts(), 5, 55), prompt(ctx.facts(), 5, 56)];
+    let whole = forward(engine.as_mut(), &rows, None)?;
+    let mut cache = KVCache::new(8);
+    let start: Vec<Vec<u32>> = rows.iter().map(|r| r[..3].to_vec()).collect();
+    forward(engine.as_mut(), &start, Some(&mut cache))?;
+    let mismatch = |e: &InferenceError| {
+        matches!(
+            e,
+            InferenceError::ForwardPass(
+                ForwardPassError::KVCacheError { .. }
+                    | ForwardPassError::ShapeMismatch { .. }
+                    | ForwardPassError::InvalidInput { .. }
+            )
+        )
+    };
+    for batch in [1, 3] {
+        let other: Vec<Vec<u32>> = (0..batch).map(|b| prompt(ctx.facts(), 2, 57 + b)).collect();
+        let result = try_forward(engine.as_mut(), &other, Some(&mut cache))?;
+        let what = format!("{batch} sequences with a cache of 2");
+        ctx.expect_error(what, result, mismatch, "ForwardPassError::KVCacheError");
+        check_len(ctx, "after the mismatch", &cache, 3);
+    }
+    let rest: Vec<Vec<u32>> = rows.iter().map(|r| r[3..].to_vec()).collect();
+    let seen = forward(engine.as_mut(), &rest, Some(&mut cache))?;
+    for row in 0..2 {
+        let expected: Vec<f32> = (3..5).flat_map(|t| whole.row(row, t).to_vec()).collect();
+        same_logits(ctx, format!("logits of sequence {row} after the mismatches"), seen.sequence(row), &expected);
+    }
+    cache.clear();
+    let alone = forward(engine.as_mut(), &[rows[0].clone()], Some(&mut cache))?;
+    same_logits(ctx, "one sequence in the cleared cache of two", &alone.data, whole.sequence(0));
+    Ok(())
+}
+
+fn two_caches(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let tokens = [prompt(ctx.facts(), 6, 60), prompt(ctx.facts(), 6, 61)];
+    let mut alone = Vec::new();
+    for sequence in &tokens {
+        alone.push(steps(engine.as_mut(), sequence)?);
+    }
+    let mut caches = [KVCache::new(6), KVCache::new(6)];
+    let mut together = [Vec::new(), Vec::new()];
+    for step in 0..6 {
+        for session in 0..2 {
+            let input = [vec![tokens[session][step]]];
+            together[session].extend(forward(engine.as_mut(), &input, Some(&mut caches[session]))?.data);
+        }
+    }
+    for session in 0..2 {
+        let what = format!("logits of session {session} beside the other");
+        ctx.check_bits(what, &together[session], &alone[session]);
+    }
+    Ok(())
+}
+
+/// The logits of a sequence fed token by token with a cache of its own.
+fn steps(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<Vec<f32>, crate::case::Stop> {
+    chunked(engine, tokens, &vec![1; tokens.len()], &mut KVCache::new(tokens.len()))
+}

@@ -1,0 +1,49 @@
+//! The checks: one file a category, one function a check, one number of `SPEC.md` each.
+//!
+//! They are written against the contracts alone. What they share is in three places: `support` makes calls, `stats`
+//! and `table` are the arithmetic of their verdicts, `edit` makes the models that lie.
+
+mod batch;
+mod causality;
+mod concurrency;
+mod determinism;
+mod edit;
+mod errors;
+mod generation;
+mod golden;
+mod hostile;
+mod kv_cache;
+mod memory;
+mod numerics;
+mod sampling;
+mod shape;
+mod sla;
+mod stats;
+mod support;
+mod table;
+
+use crate::case::Check;
+
+/// Every check of the suite, in the order of the categories.
+pub fn all() -> Vec<Check> {
+    [
+        shape::CHECKS,
+        numerics::CHECKS,
+        golden::CHECKS,
+        causality::CHECKS,
+        kv_cache::CHECKS,
+        determinism::CHECKS,
+        batch::CHECKS,
+        generation::CHECKS,
+        sampling::CHECKS,
+        errors::CHECKS,
+        hostile::CHECKS,
+        concurrency::CHECKS,
+        memory::CHECKS,
+        sla::CHECKS,
+    ]
+    .concat()
+}
+
+#[cfg(test)]
+mod spec_tests;

@@ -1,0 +1,470 @@
+//! Sampling against exact tables: the allowed set, every likely token of it, and the frequencies.
+//!
+//! The tables come from the backend's own logits, so these checks judge the sampler alone. Each draw is one
+//! `generate` call for one token with its own seed. Settings are chosen so that a fault of one token more or less, a
+//! wrong order or a wrong sign moves many draws; how unlikely a false alarm is, is [`tolerance::FALSE_ALARM`].
+
+use super::stats::surprise;
+use super::support::{TABLE_MODEL, generate, logits_of, mix, plain, prompt};
+use super::table::{Table, penalised, ranked};
+use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
+use crate::tolerance;
+use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
+
+const SAMPLING: Category = Category::Sampling;
+
+const fn check(id: &'static str, name: &'static str, clause: &'static str, run: fn(&mut Context<'_>) -> CheckResult) -> Check {
+    Check::new(id, name, SAMPLING, clause, run).on(ModelSet::Only(TABLE_MODEL)).within(120)
+}
+
+pub(super) const CHECKS: &[Check] = &[
+    check("SMP-1", "sampling/plain_frequencies", "without filters every token comes as often as its softmax says", plain_frequencies),
+    check("SMP-2", "sampling/temperature", "temperature divides the logits", temperature),
+    check("SMP-3", "sampling/top_k", "top_k keeps exactly the k most likely tokens", top_k),
+    check("SMP-4", "sampling/top_p", "top_p keeps exactly the smallest set whose mass reaches p", top_p),
+    check("SMP-5", "sampling/order_of_filters", "temperature, then top-k, then top-p of what top-k left", order_of_filters),
+    check("SMP-6", "sampling/repetition_penalty", "the repetition penalty divides positive and multiplies negative logits", repetition_penalty),
+    check("SMP-7", "sampling/penalty_scope", "penalties count prompt and generated tokens, at every step", penalty_scope),
+    check("SMP-8", "sampling/frequency_and_presence", "frequency_penalty counts occurrences, presence_penalty does not", frequency_and_presence),
+    check("SMP-9", "sampling/defaults_sample", "the default configuration samples", defaults_sample),
+    check("SMP-10", "sampling/every_step", "every token of a generation is drawn anew, by the rules, from its own logits", every_step),
+    check("SMP-11", "sampling/extreme_temperature", "the smallest and the largest temperatures do what they say", extreme_temperature),
+    check("SMP-12", "sampling/ties", "greedy takes the lowest id among equal maxima", ties),
+];
+
+/// Draws of one table: enough that a token of 6 % which never comes has a probability below the budget.
+const DRAWS: usize = 400;
+
+/// Draws one token `draws` times with different seeds.
+fn draw(
+    ctx: &Context<'_>,
+    engine: &mut dyn BitNetInference,
+    tokens: &[u32],
+    config: &GenerationConfig,
+    draws: usize,
+) -> Result<Vec<u32>, Stop> {
+    let mut drawn = Vec::with_capacity(draws);
+    for i in 0..draws {
+        let config = GenerationConfig { seed: Some(mix(i as u64)), min_new_tokens: 0, ..config.clone() };
+        let result = generate(engine, tokens, 1, &config)?;
+        let ended = result.finish_reason == FinishReason::EndOfSequence;
+        match (result.generated_tokens.as_slice(), ctx.facts().eos.as_slice()) {
+            (&[token], _) => drawn.push(token),
+            // An engine may end at the model's own end-of-sequence token, which it then drew.
+            (&[], &[eos]) if ended => drawn.push(eos),
+            (seen, _) => {
+                let seen = format!("{seen:?}, {:?}", result.finish_reason);
+                return Err(Stop::Unexpected(format!("one token was due from generate, and it gave {seen}")));
+            }
+        }
+    }
+    Ok(drawn)
+}
+
+/// Holds draws against a table: nothing outside it, everything likely in it, and the right frequencies of every token
+/// and of every set of most likely tokens.
+fn hold(ctx: &mut Context<'_>, what: &str, drawn: &[u32], table: &Table) {
+    let n = drawn.len();
+    let outside = drawn.iter().copied().find(|&t| table.probability(t) == 0.0);
+    ctx.compared(n);
+    ctx.check(
+        outside.is_none(),
+        format!("{what}: only tokens of {}", brief(&table.tokens())),
+        outside.map_or(String::new(), |t| format!("token {t}")),
+    );
+    let mut group = Vec::new();
+    for &(token, p) in &table.allowed {
+        let hits = drawn.iter().filter(|&&t| t == token).count();
+        if hits == 0 && (1.0 - p).powi(n as i32) < tolerance::FALSE_ALARM {
+            ctx.check(false, format!("{what}: token {token} (p = {p:.4}) among {n} draws"), "it never came");
+        }
+        rate(ctx, &format!("{what}: draws of token {token}"), n, hits, p);
+        group.push(token);
+        if group.len() < table.allowed.len() {
+            let p: f64 = table.allowed[..group.len()].iter().map(|(_, p)| p).sum();
+            let hits = drawn.iter().filter(|t| group.contains(t)).count();
+            rate(ctx, &format!("{what}: draws of the {} most likely tokens", group.len()), n, hits, p);
+        }
+    }
+}
+
+/// Asserts that `hits` of `n` draws are believable where each has probability `p`.
+fn rate(ctx: &mut Context<'_>, what: &str, n: usize, hits: usize, p: f64) {
+    let limit = (2.0 / tolerance::FALSE_ALARM).ln();
+    let surprise = surprise(n, hits, p.min(1.0 - 1e-12));
+    ctx.check(
+        surprise <= limit,
+        format!("{what}: about {:.1} of {n}", p * n as f64),
+        format!("{hits}, which has a probability below e^-{surprise:.1}"),
+    );
+}
+
+fn brief(tokens: &[u32]) -> String {
+    if tokens.len() <= 12 { format!("{tokens:?}") } else { format!("a set of {}", tokens.len()) }
+}
+
+/// A temperature at which the most likely token has about the given probability.
+fn warm(logits: &[f32], history: &[u32], config: &GenerationConfig, share: f64) -> f32 {
+    let (mut low, mut high) = (0.05f32, 200.0f32);
+    for _ in 0..40 {
+        let middle = (low * high).sqrt();
+        let config = GenerationConfig { temperature: middle, ..config.clone() };
+        let top = Table::new(logits, history, &config).allowed[0].1;
+        *(if top > share { &mut low } else { &mut high }) = middle;
+    }
+    // Four digits are enough, and the same on every platform.
+    (high * 1e4).round() / 1e4
+}
+
+/// The engine, a prompt, and the logits that follow it.
+fn start(ctx: &Context<'_>, len: usize, salt: u64) -> Result<(Box<dyn BitNetInference>, Vec<u32>, Vec<f32>), Stop> {
+    let mut engine = ctx.engine()?;
+    let tokens = prompt(ctx.facts(), len, salt);
+    let logits = logits_of(engine.as_mut(), &tokens)?.last(0).to_vec();
+    Ok((engine, tokens, logits))
+}
+
+/// How many tokens to keep, of 3 to 6, so that the border between the last kept and the first dropped is widest.
+fn widest_border(table: &Table) -> usize {
+    let gap = |keep: &usize| table.allowed[keep - 1].1 - table.allowed[*keep].1;
+    (3..=6).max_by(|a, b| gap(a).total_cmp(&gap(b))).unwrap_or(3)
+}
+
+fn plain_frequencies(ctx: &mut Context<'_>) -> CheckResult {
+    for (salt, top_p, top_k) in [(300, None, None), (301, Some(1.0), None), (302, None, Some(10_000))] {
+        let (mut engine, tokens, logits) = start(ctx, 3, salt)?;
+        let base = GenerationConfig { top_p, top_k, ..plain(0) };
+        let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.2), ..base };
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+        let what = format!("top_p {top_p:?}, top_k {top_k:?}");
+        hold(ctx, &what, &drawn, &Table::new(&logits, &tokens, &config));
+    }
+    Ok(())
+}
+
+fn temperature(ctx: &mut Context<'_>) -> CheckResult {
+    let (mut engine, tokens, logits) = start(ctx, 3, 310)?;
+    for temperature in [0.5, 1.0, 2.0, 4.0] {
+        let config = GenerationConfig { temperature, ..plain(0) };
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+        hold(ctx, &format!("temperature {temperature}"), &drawn, &Table::new(&logits, &tokens, &config));
+    }
+    Ok(())
+}
+
+fn top_k(ctx: &mut Context<'_>) -> CheckResult {
+    let (mut engine, tokens, logits) = start(ctx, 3, 320)?;
+    let warm = GenerationConfig { temperature: warm(&logits, &tokens, &plain(0), 0.2), ..plain(0) };
+    let border = widest_border(&Table::new(&logits, &tokens, &warm));
+    for k in [1, border] {
+        let config = GenerationConfig { top_k: Some(k), ..warm.clone() };
+        let table = Table::new(&logits, &tokens, &config);
+        ctx.check_eq("tokens in the table", table.allowed.len(), k);
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, if k == 1 { 20 } else { DRAWS })?;
+        hold(ctx, &format!("top_k {k}"), &drawn, &table);
+    }
+    Ok(())
+}
+
+fn top_p(ctx: &mut Context<'_>) -> CheckResult {
+    let (mut engine, tokens, logits) = start(ctx, 3, 330)?;
+    let warm = GenerationConfig { temperature: warm(&logits, &tokens, &plain(0), 0.2), ..plain(0) };
+    let all = Table::new(&logits, &tokens, &warm);
+    let border = widest_border(&all);
+    // One token too many or too few must be seen: both at the border have mass enough for hundreds of draws.
+    let (kept, dropped) = (all.allowed[border - 1].1, all.allowed[border].1);
+    ctx.note(format!("nucleus of {border}: the last kept has {kept:.3}, the first dropped {dropped:.3}"));
+    if dropped < 0.02 {
+        return Err(Stop::Inconclusive(format!("the first token outside the nucleus has only {dropped:.4}")));
+    }
+    for keep in [1, 2, border] {
+        let config = GenerationConfig { top_p: Some(all.nucleus_of(keep)), ..warm.clone() };
+        let table = Table::new(&logits, &tokens, &config);
+        ctx.check_eq("tokens in the table", table.allowed.len(), keep);
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, if keep == 1 { 100 } else { DRAWS })?;
+        hold(ctx, &format!("top_p {:?} (a nucleus of {keep})", config.top_p), &drawn, &table);
+    }
+    // However small p is, one token is kept.
+    let config = GenerationConfig { top_p: Some(1e-6), ..warm };
+    let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 20)?;
+    hold(ctx, "top_p 1e-6", &drawn, &Table::new(&logits, &tokens, &config));
+    Ok(())
+}
+
+fn order_of_filters(ctx: &mut Context<'_>) -> CheckResult {
+    let (mut engine, tokens, logits) = start(ctx, 3, 340)?;
+    let warm = GenerationConfig { temperature: warm(&logits, &tokens, &plain(0), 0.18), ..plain(0) };
+    let k = 7;
+    let top = Table::new(&logits, &tokens, &GenerationConfig { top_k: Some(k), ..warm.clone() });
+    let keep = (2..=4).find(|&keep| {
+        // The mass left by top-k is what p refers to: with the whole mass the nucleus would be larger.
+        let wrong = GenerationConfig { top_p: Some(top.nucleus_of(keep)), ..warm.clone() };
+        Table::new(&logits, &tokens, &wrong).allowed.len() > keep
+    });
+    let Some(keep) = keep else {
+        return Err(Stop::Inconclusive("the order of filters makes no difference on these logits".to_string()));
+    };
+    let config = GenerationConfig { top_k: Some(k), top_p: Some(top.nucleus_of(keep)), ..warm.clone() };
+    let table = Table::new(&logits, &tokens, &config);
+    ctx.check_eq("tokens in the table of top-k, then top-p", table.allowed.len(), keep);
+    let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+    hold(ctx, &format!("top_k {k}, then top_p {:?} of the mass that is left", config.top_p), &drawn, &table);
+
+    // The nucleus is taken at the temperature, not before it.
+    let hot = GenerationConfig { temperature: 2.0 * warm.temperature, ..warm.clone() };
+    let all = Table::new(&logits, &tokens, &hot);
+    let config = GenerationConfig { top_p: Some(all.nucleus_of(6)), ..hot };
+    let table = Table::new(&logits, &tokens, &config);
+    ctx.check_eq("tokens in the table of temperature, then top-p", table.allowed.len(), 6);
+    let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+    let what = format!("temperature {}, then top_p {:?}", config.temperature, config.top_p);
+    hold(ctx, &what, &drawn, &table);
+    Ok(())
+}
+
+fn repetition_penalty(ctx: &mut Context<'_>) -> CheckResult {
+    for (penalty, salt) in [(3.0f32, 350), (0.4, 351)] {
+        let (mut engine, tokens, logits) = start(ctx, 24, salt)?;
+        let base = GenerationConfig { repetition_penalty: penalty, ..plain(0) };
+        let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.12), ..base };
+        let table = Table::new(&logits, &tokens, &config);
+        // What a sampler draws from that divides negative logits too, and one that knows no penalty.
+        let divided: Vec<f32> = logits
+            .iter()
+            .enumerate()
+            .map(|(t, &l)| if tokens.contains(&(t as u32)) { l / penalty } else { l })
+            .collect();
+        let neutral = GenerationConfig { repetition_penalty: 1.0, ..config.clone() };
+        let wrong_sign = table.distance(&Table::new(&divided, &tokens, &neutral));
+        let none = table.distance(&Table::new(&logits, &tokens, &neutral));
+        ctx.note(format!("penalty {penalty}: {wrong_sign:.3} of the mass moves with the wrong sign, {none:.3} with none"));
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 2 * DRAWS)?;
+        let what = format!("repetition_penalty {penalty}");
+        hold(ctx, &what, &drawn, &table);
+        for (name, positive) in [("negative", false), ("positive", true)] {
+            let group: Vec<u32> = (0..logits.len() as u32)
+                .filter(|t| tokens.contains(t) && (logits[*t as usize] > 0.0) == positive)
+                .collect();
+            let p = group.iter().map(|&t| table.probability(t)).sum::<f64>();
+            let hits = drawn.iter().filter(|t| group.contains(t)).count();
+            rate(ctx, &format!("{what}: draws of prompt tokens with {name} logits"), drawn.len(), hits, p);
+        }
+    }
+    Ok(())
+}
+
+/// Checks a generation with one allowed token a step: each is the argmax of its own penalised logits.
+fn follow(
+    ctx: &mut Context<'_>,
+    engine: &mut dyn BitNetInference,
+    what: &str,
+    tokens: &[u32],
+    config: &GenerationConfig,
+) -> Result<Vec<u32>, Stop> {
+    let result = generate(engine, tokens, 12, config)?;
+    let mut sequence = tokens.to_vec();
+    for (step, &token) in result.generated_tokens.iter().enumerate() {
+        let values = penalised(logits_of(engine, &sequence)?.last(0), &sequence, config);
+        let order = ranked(&values);
+        let margin = values[order[0] as usize] - values[order[1] as usize];
+        if margin < super::support::own_margin(ctx).min(1e-3) {
+            break;
+        }
+        if !ctx.check_eq(format!("{what}: token of step {step}"), token, order[0]) {
+            break;
+        }
+        sequence.push(token);
+    }
+    Ok(result.generated_tokens)
+}
+
+fn penalty_scope(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    // A prompt whose most likely next token is in it already, so that counting the prompt or not makes a difference.
+    let mut chosen = None;
+    for salt in 0..60 {
+        let tokens = prompt(ctx.facts(), 20, 360 + salt);
+        let (top, _) = super::stats::top_two(logits_of(engine.as_mut(), &tokens)?.last(0));
+        if tokens.contains(&(top as u32)) {
+            chosen = Some(tokens);
+            break;
+        }
+    }
+    let tokens = chosen.ok_or_else(|| Stop::Inconclusive("no prompt holds its own continuation".to_string()))?;
+    let only = GenerationConfig { top_k: Some(1), ..plain(1) };
+    let cases = [
+        ("repetition_penalty 5", GenerationConfig { repetition_penalty: 5.0, ..only.clone() }),
+        ("repetition_penalty 0.5", GenerationConfig { repetition_penalty: 0.5, ..only.clone() }),
+        ("presence_penalty 4", GenerationConfig { presence_penalty: 4.0, ..only.clone() }),
+        ("frequency_penalty 1.5", GenerationConfig { frequency_penalty: 1.5, ..only.clone() }),
+        ("frequency_penalty -1", GenerationConfig { frequency_penalty: -1.0, ..only.clone() }),
+        (
+            "all three",
+            GenerationConfig {
+                repetition_penalty: 1.7,
+                frequency_penalty: 0.7,
+                presence_penalty: 0.9,
+                ..only.clone()
+            },
+        ),
+    ];
+    for (what, config) in cases {
+        follow(ctx, engine.as_mut(), what, &tokens, &config)?;
+    }
+    let config = GenerationConfig { presence_penalty: 1e6, ..only };
+    let made = follow(ctx, engine.as_mut(), "presence_penalty 1e6", &tokens, &config)?;
+    let mut all = tokens;
+    for token in made {
+        ctx.check(!all.contains(&token), "a token that was not there before", format!("token {token} again"));
+        all.push(token);
+    }
+    Ok(())
+}
+
+fn frequency_and_presence(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let words = prompt(ctx.facts(), 6, 370);
+    // The first word four times, the second twice, the others once.
+    let tokens = [words.as_slice(), &[words[0]; 3], &[words[1]], &words[5..]].concat();
+    let logits = logits_of(engine.as_mut(), &tokens)?.last(0).to_vec();
+    let cases = [
+        ("frequency_penalty 2", GenerationConfig { frequency_penalty: 2.0, ..plain(0) }),
+        ("presence_penalty 3", GenerationConfig { presence_penalty: 3.0, ..plain(0) }),
+        ("frequency_penalty -1.5", GenerationConfig { frequency_penalty: -1.5, ..plain(0) }),
+        ("presence_penalty -4", GenerationConfig { presence_penalty: -4.0, ..plain(0) }),
+    ];
+    for (what, base) in cases {
+        let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.15), ..base };
+        let table = Table::new(&logits, &tokens, &config);
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+        hold(ctx, what, &drawn, &table);
+        let p = words.iter().collect::<std::collections::BTreeSet<_>>().into_iter().map(|&t| table.probability(t)).sum();
+        let hits = drawn.iter().filter(|t| words.contains(t)).count();
+        rate(ctx, &format!("{what}: draws of prompt tokens"), drawn.len(), hits, p);
+    }
+    Ok(())
+}
+
+fn defaults_sample(ctx: &mut Context<'_>) -> CheckResult {
+    let (mut engine, tokens, logits) = start(ctx, 3, 380)?;
+    let config = GenerationConfig { min_new_tokens: 0, ..GenerationConfig::default() };
+    let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+    hold(ctx, "default configuration", &drawn, &Table::new(&logits, &tokens, &config));
+    let mut texts = std::collections::BTreeSet::new();
+    for seed in 0..8 {
+        texts.insert(engine.generate_deterministic(&tokens, 16, seed)?.generated_tokens);
+    }
+    ctx.check(texts.len() > 1, "eight seeds of generate_deterministic give more than one text", "all are equal");
+    // Without a seed anything allowed may come, and nothing else.
+    let table = Table::new(&logits, &tokens, &GenerationConfig { top_k: Some(3), ..plain(0) });
+    for _ in 0..8 {
+        let config = GenerationConfig { top_k: Some(3), seed: None, ..plain(0) };
+        let result = generate(engine.as_mut(), &tokens, 1, &config)?;
+        let outside = result.generated_tokens.iter().find(|&&t| table.probability(t) == 0.0);
+        ctx.check(outside.is_none(), format!("without a seed, one of {:?}", table.tokens()), format!("{outside:?}"));
+    }
+    Ok(())
+}
+
+fn every_step(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    // Two allowed tokens at every step, close to a fair coin: the choices must be right and must vary along the text.
+    let config = |seed| GenerationConfig { top_k: Some(2), temperature: 1000.0, ..plain(seed) };
+    let (mut first, mut total) = (0, 0);
+    for seed in 0..8 {
+        let tokens = prompt(ctx.facts(), 4, 390 + seed);
+        let result = generate(engine.as_mut(), &tokens, 40, &config(seed))?;
+        let made = &result.generated_tokens;
+        let sequence = [tokens.as_slice(), made].concat();
+        let logits = logits_of(engine.as_mut(), &sequence)?;
+        let (mut by_rank, mut by_id) = (Vec::new(), Vec::new());
+        for (step, &token) in made.iter().enumerate() {
+            let row: Vec<f64> = logits.row(0, tokens.len() + step - 1).iter().map(|&x| f64::from(x)).collect();
+            let order = ranked(&row);
+            let near = row[order[1] as usize] - row[order[2] as usize] < super::support::own_margin(ctx).min(1e-3);
+            let allowed = &order[..2];
+            ctx.check(
+                near || allowed.contains(&token),
+                format!("seed {seed}, step {step}: one of {allowed:?}"),
+                format!("token {token}"),
+            );
+            by_rank.push(token == allowed[0]);
+            by_id.push(token == allowed[0].min(allowed[1]));
+        }
+        if made.len() >= 36 {
+            for (what, choices) in [("likelier", by_rank.as_slice()), ("lower", by_id.as_slice())] {
+                let alike = choices.iter().all(|&c| c == choices[0]);
+                ctx.check(
+                    !alike,
+                    format!("seed {seed}: now the {what} token, now the other, over {} fair steps", choices.len()),
+                    "the same choice at every step",
+                );
+            }
+        }
+        first += by_rank.iter().filter(|&&c| c).count();
+        total += by_rank.len();
+    }
+    ctx.check_at_least("steps drawn", total as f64, 100.0);
+    rate(ctx, "the likelier of two equally likely tokens", total, first, 0.5);
+    Ok(())
+}
+
+fn extreme_temperature(ctx: &mut Context<'_>) -> CheckResult {
+    let (mut engine, tokens, logits) = start(ctx, 3, 400)?;
+    let (top, _) = super::stats::top_two(&logits);
+    for temperature in [1e-3f32, 1e-20, f32::MIN_POSITIVE, 1e-45] {
+        let config = GenerationConfig { temperature, ..plain(0) };
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 10)?;
+        let other = drawn.iter().find(|&&t| t as usize != top);
+        ctx.check(other.is_none(), format!("temperature {temperature:e}: always token {top}"), format!("{other:?}"));
+    }
+    let config = GenerationConfig { temperature: f32::MAX, ..plain(0) };
+    let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+    hold(ctx, "temperature f32::MAX", &drawn, &Table::new(&logits, &tokens, &config));
+    Ok(())
+}
+
+fn ties(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let hidden = ctx.facts().hidden_size;
+    let mut decided = 0;
+    for salt in 0..10u64 {
+        let tokens = prompt(ctx.facts(), 3, 410 + salt);
+        let (top, margin) = super::stats::top_two(logits_of(engine.as_mut(), &tokens)?.last(0));
+        let free = |t: &usize| !tokens.contains(&(*t as u32)) && !ctx.facts().eos.contains(&(*t as u32)) && *t != top;
+        let (Some(low), Some(high)) = ((0..top).find(free), (top + 1..ctx.facts().vocab_size).rfind(free)) else {
+            continue;
+        };
+        if margin < 1e-2 || ctx.facts().eos.contains(&(top as u32)) {
+            continue;
+        }
+        // The head's row of the winner, given to a lower and to a higher id as well: three equal maxima.
+        let mut model = super::edit::Model::read(ctx.model().dir())?;
+        let name = model.head_name();
+        let mut values = model.tensor(name)?.floats()?;
+        for id in [low, high] {
+            values.copy_within(top * hidden..(top + 1) * hidden, id * hidden);
+        }
+        model.tensor(name)?.set_floats(&values)?;
+        let dir = ctx.scratch().join(format!("ties-{salt}"));
+        model.write(&dir)?;
+        let mut tied = ctx.factory().create(&ctx.model().relocated(&dir))?;
+        let logits = logits_of(tied.as_mut(), &tokens)?.last(0).to_vec();
+        if logits[low] != logits[top] || logits[high] != logits[top] {
+            continue;
+        }
+        decided += 1;
+        for config in [super::support::greedy(), GenerationConfig { temperature: 0.0, ..plain(3) }] {
+            let result = generate(tied.as_mut(), &tokens, 1, &config)?;
+            let what = format!("greedy token with equal maxima at {low}, {top} and {high}");
+            ctx.check_slices(what, &result.generated_tokens, &[low as u32]);
+        }
+        if decided == 3 {
+            break;
+        }
+    }
+    if decided == 0 {
+        return Err(Stop::Inconclusive("this backend gives equal head rows unequal logits: no tie can be made".to_string()));
+    }
+    Ok(())
+}

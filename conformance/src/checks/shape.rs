@@ -1,0 +1,231 @@
+//! Shapes, element types, devices and configuration.
+
+use super::edit::Model;
+use super::support::{Logits, forward, ids, other_token, prompt, same_logits};
+use crate::backend::{CreateOptions, Noise};
+use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet};
+use crate::tolerance;
+use bitnet_contracts::{DType, Device, KVCache, QuantizationType, Tensor};
+
+const SHAPE: Category = Category::Shape;
+
+pub(super) const CHECKS: &[Check] = &[
+    Check::new("SHP-1", "shape/logits", SHAPE, "logits are [batch, seq, vocab] for every input position", logits)
+        .on(ModelSet::Every),
+    Check::new("SHP-2", "shape/output_validates", SHAPE, "the output passes its own validation, and only at its size", output_validates),
+    Check::new("SHP-3", "shape/id_types", SHAPE, "u32 and i64 ids, contiguous or not, mean the same", id_types),
+    Check::new("SHP-4", "shape/attention_weights", SHAPE, "attention weights are [batch, heads, seq, total] a layer, sum to 1 and are causal", attention_weights)
+        .needs(|c| if c.attention_weights { Applicability::Run } else { Applicability::Unsupported("attention weights") }),
+    Check::new("SHP-5", "shape/hidden_states", SHAPE, "hidden states are the final normed state: the head's input", hidden_states)
+        .needs(|c| if c.hidden_states { Applicability::Run } else { Applicability::Unsupported("hidden states") })
+        .on(ModelSet::Every),
+    Check::new("SHP-6", "shape/optional_outputs_off", SHAPE, "attention weights and hidden states are None by default", optional_outputs_off),
+    Check::new("SHP-7", "shape/config", SHAPE, "config() says what config.json says and is valid", config).on(ModelSet::Every),
+    Check::new("SHP-8", "shape/device", SHAPE, "device() is where the logits are", device),
+    Check::new("SHP-9", "shape/quantization", SHAPE, "supports_quantization answers as declared", quantization),
+];
+
+fn logits(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let facts = ctx.facts().clone();
+    let batches: &[usize] = if ctx.capabilities().batch { &[1, 2, 3] } else { &[1] };
+    for &batch in batches {
+        for seq in [1, 2, 7] {
+            let rows: Vec<Vec<u32>> = (0..batch).map(|b| prompt(&facts, seq, b as u64)).collect();
+            let input = ids(&rows, engine.device())?;
+            let output = engine.forward(&input, None)?;
+            ctx.check_eq("logits shape", output.logits.dims(), [batch, seq, facts.vocab_size]);
+            let dtype = output.logits.dtype();
+            ctx.check(
+                matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F64),
+                "logits of a float type",
+                format!("{dtype:?}"),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn output_validates(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let vocab = ctx.facts().vocab_size;
+    let tokens = prompt(ctx.facts(), 5, 1);
+    let input = ids(&[tokens], engine.device())?;
+    let output = engine.forward(&input, None)?;
+    ctx.check_ok("validate(1, 5, vocab)", output.validate(1, 5, vocab));
+    for (batch, seq, vocab) in [(2, 5, vocab), (1, 4, vocab), (1, 5, vocab + 1)] {
+        let refused = output.validate(batch, seq, vocab).is_err();
+        ctx.check(refused, format!("validate({batch}, {seq}, {vocab}) refuses"), "it accepted");
+    }
+    let all = Logits::of(&output)?;
+    let next = output.next_token_logits()?;
+    ctx.check_eq("next_token_logits shape", next.dims(), [1, vocab]);
+    let next = next.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    ctx.check_bits("next_token_logits is the last row", &next, all.last(0));
+    Ok(())
+}
+
+fn id_types(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let device = engine.device().clone();
+    let tokens = prompt(ctx.facts(), 6, 2);
+    let input = ids(std::slice::from_ref(&tokens), &device)?;
+    let expected = Logits::of(&engine.forward(&input, None)?)?;
+    let wide = input.to_dtype(DType::I64)?;
+    let seen = Logits::of(&engine.forward(&wide, None)?)?;
+    ctx.check_bits("logits of i64 ids", &seen.data, &expected.data);
+    // A column of a matrix, read as a row: same ids, with a stride of 2 between them.
+    let strided: Vec<u32> = tokens.iter().flat_map(|&t| [t, other_token(ctx.facts(), t)]).collect();
+    let strided = Tensor::from_vec(strided, (tokens.len(), 2), &device)?.narrow(1, 0, 1)?.t()?;
+    let seen = Logits::of(&engine.forward(&strided, None)?)?;
+    ctx.check_bits("logits of non-contiguous ids", &seen.data, &expected.data);
+    Ok(())
+}
+
+fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine_with(&CreateOptions::default().with_attentions())?;
+    let facts = ctx.facts().clone();
+    let batch = if ctx.capabilities().batch { 2 } else { 1 };
+    let mut cache = KVCache::new(12);
+    let mut plain = ctx.engine()?;
+    let mut plain_cache = KVCache::new(12);
+    let mut past = 0;
+    for seq in [5, 3, 1] {
+        let rows: Vec<Vec<u32>> = (0..batch).map(|b| prompt(&facts, seq, (10 * seq + b) as u64)).collect();
+        let input = ids(&rows, engine.device())?;
+        let output = engine.forward(&input, Some(&mut cache))?;
+        let total = past + seq;
+        let Some(layers) = &output.attention_weights else {
+            ctx.check(false, "attention weights when asked for", "None");
+            return Ok(());
+        };
+        ctx.check_eq("attention weights: layers", layers.len(), facts.layers);
+        for (layer, weights) in layers.iter().enumerate() {
+            let shape = [batch, facts.heads, seq, total];
+            if !ctx.check_eq(format!("shape of attention weights, layer {layer}"), weights.dims(), shape) {
+                continue;
+            }
+            let values = weights.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+            check_attention(ctx, &format!("layer {layer}, {past} cached"), &values, seq, total);
+        }
+        let logits = Logits::of(&output)?;
+        let without = forward(plain.as_mut(), &rows, Some(&mut plain_cache))?;
+        same_logits(ctx, "logits with and without attention output", &logits.data, &without.data);
+        past = total;
+    }
+    Ok(())
+}
+
+/// Every row of weights is non-negative, sums to 1, and is zero after its own position.
+fn check_attention(ctx: &mut Context<'_>, what: &str, values: &[f32], seq: usize, total: usize) {
+    let (mut worst_sum, mut negative, mut late) = (0.0f64, 0.0f32, 0.0f32);
+    for (row, weights) in values.chunks_exact(total).enumerate() {
+        let position = total - seq + row % seq;
+        let sum: f64 = weights.iter().map(|&w| f64::from(w)).sum();
+        let off = (sum - 1.0).abs();
+        worst_sum = if off.is_nan() { f64::INFINITY } else { worst_sum.max(off) };
+        negative = weights.iter().fold(negative, |m, &w| m.min(w));
+        late = weights[position + 1..].iter().fold(late, |m, &w| m.max(w.abs()));
+    }
+    ctx.compared(values.len());
+    ctx.check_at_most(format!("{what}: distance of a row's sum from 1"), worst_sum, tolerance::ATTENTION_SUM);
+    ctx.check_eq(format!("{what}: lowest weight below zero"), negative, 0.0);
+    ctx.check_eq(format!("{what}: largest weight on a later position"), late, 0.0);
+}
+
+fn hidden_states(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine_with(&CreateOptions::default().with_hidden_states())?;
+    let facts = ctx.facts().clone();
+    let head = Model::read(ctx.model().dir())?.head()?;
+    let tokens = prompt(&facts, 6, 3);
+    let input = ids(&[tokens], engine.device())?;
+    let output = engine.forward(&input, None)?;
+    let Some(states) = &output.hidden_states else {
+        ctx.check(false, "hidden states when asked for", "None");
+        return Ok(());
+    };
+    let shape = [1, 6, facts.hidden_size];
+    ctx.check_eq("shape of hidden states", states.dims(), shape);
+    ctx.require(states.dims() == shape, format!("hidden states {shape:?}"), format!("{:?}", states.dims()))?;
+    let states = states.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+    let product: Vec<f32> = states
+        .chunks_exact(facts.hidden_size)
+        .flat_map(|state| {
+            head.chunks_exact(facts.hidden_size)
+                .map(move |row| state.iter().zip(row).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32)
+        })
+        .collect();
+    let logits = Logits::of(&output)?;
+    let reach = logits.data.iter().fold(0.0f64, |m, &x| m.max(f64::from(x).abs()));
+    let relative = match ctx.capabilities().noise {
+        Noise::F32 => tolerance::HEAD_RELATIVE,
+        Noise::Coarse => tolerance::HEAD_RELATIVE_COARSE,
+    };
+    ctx.check_close("hidden states times the head", &product, &logits.data, relative * reach.max(1.0));
+    Ok(())
+}
+
+fn optional_outputs_off(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let input = ids(&[prompt(ctx.facts(), 3, 4)], engine.device())?;
+    let output = engine.forward(&input, None)?;
+    ctx.check(output.attention_weights.is_none(), "no attention weights by default", "Some");
+    ctx.check(output.hidden_states.is_none(), "no hidden states by default", "Some");
+    let options = [
+        (ctx.capabilities().attention_weights, CreateOptions::default().with_attentions()),
+        (ctx.capabilities().hidden_states, CreateOptions::default().with_hidden_states()),
+    ];
+    for (declared, options) in options {
+        if declared {
+            continue;
+        }
+        // Declared absent: refusing the option and leaving the field empty are both honest.
+        if let Ok(mut engine) = ctx.factory().create_with(ctx.model(), &options) {
+            let output = engine.forward(&input, None)?;
+            let absent = output.attention_weights.is_none() && output.hidden_states.is_none();
+            ctx.check(absent, format!("{options:?} refused or without effect, as declared"), "it has an effect");
+        }
+    }
+    Ok(())
+}
+
+fn config(ctx: &mut Context<'_>) -> CheckResult {
+    let engine = ctx.engine()?;
+    let facts = ctx.facts().clone();
+    let config = engine.config().clone();
+    ctx.check_ok("config().validate()", config.validate());
+    ctx.check_eq("hidden_size", config.hidden_size, facts.hidden_size);
+    ctx.check_eq("num_layers", config.num_layers, facts.layers);
+    ctx.check_eq("num_attention_heads", config.num_attention_heads, facts.heads);
+    ctx.check_eq("num_key_value_heads", config.num_key_value_heads, facts.kv_heads);
+    ctx.check_eq("intermediate_size", config.intermediate_size, facts.intermediate_size);
+    ctx.check_eq("vocab_size", config.vocab_size, facts.vocab_size);
+    ctx.check_eq("max_position_embeddings", config.max_position_embeddings, facts.max_positions);
+    ctx.check_eq("rope_theta", config.rope_theta, facts.rope_theta as f32);
+    ctx.check_eq("head_dim()", config.head_dim(), facts.head_dim);
+    ctx.check_eq("group_size()", config.group_size(), facts.heads / facts.kv_heads.max(1));
+    ctx.check_eq("model_type", config.model_type.as_str(), "bitnet");
+    Ok(())
+}
+
+fn device(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let device = engine.device().clone();
+    let input = ids(&[prompt(ctx.facts(), 2, 5)], &device)?;
+    let output = engine.forward(&input, None)?;
+    let seen = output.logits.device();
+    ctx.check(device.same_device(seen), format!("logits on {device:?}"), format!("logits on {seen:?}"));
+    Ok(())
+}
+
+fn quantization(ctx: &mut Context<'_>) -> CheckResult {
+    let engine = ctx.engine()?;
+    for kind in [QuantizationType::I2S, QuantizationType::TL1, QuantizationType::TL2] {
+        let declared = ctx.capabilities().quantization.contains(&kind);
+        ctx.check_eq(format!("supports_quantization({kind:?})"), engine.supports_quantization(kind.clone()), declared);
+    }
+    let own = engine.config().quantization_type.clone();
+    let supported = engine.supports_quantization(own.clone());
+    ctx.check(supported, format!("the type in use, {own:?}, is supported"), "it is not");
+    Ok(())
+}

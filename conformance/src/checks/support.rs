@@ -1,0 +1,291 @@
+//! What the checks share: prompts, calls, logits by row, and "the same logits" as far as a backend claims it.
+
+use crate::backend::{Noise, Semantics};
+use crate::case::{Context, Stop};
+use crate::model::ModelFacts;
+use crate::tolerance;
+use bitnet_contracts::{
+    BitNetInference, DType, Device, FinishReason, GenerationConfig, GenerationResult, InferenceError, InferenceOutput, KVCache,
+    Tensor,
+};
+use std::fmt::Display;
+
+/// The model with a context small enough to fill: 32 positions, tied, bf16.
+pub(super) const SMALL_CONTEXT: &str = "context-32";
+/// A small tied bf16 model for the sampling tables: 97 tokens, 64 positions.
+pub(super) const TABLE_MODEL: &str = "gqa1-tied-bf16";
+/// A small untied f32 model, whose file the checks can edit value by value.
+pub(super) const EDIT_MODEL: &str = "gqa2-untied-f32";
+/// The trained model: the only one with a tokenizer.
+pub(super) const TRAINED_MODEL: &str = "tiny";
+
+/// Logits on the host.
+pub(super) struct Logits {
+    /// Sequences.
+    pub batch: usize,
+    /// Positions of each.
+    pub seq: usize,
+    /// Logits of each position.
+    pub vocab: usize,
+    /// All of them, row-major.
+    pub data: Vec<f32>,
+}
+
+impl Logits {
+    /// Reads a tensor of rank 3 and any float type.
+    pub(super) fn of(output: &InferenceOutput) -> Result<Self, Stop> {
+        let dims = output.logits.dims();
+        let &[batch, seq, vocab] = dims else {
+            return Err(Stop::Unexpected(format!("logits have shape {dims:?}, not [batch, seq, vocab]")));
+        };
+        let data = output.logits.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(Self { batch, seq, vocab, data })
+    }
+
+    /// The logits of one position.
+    pub(super) fn row(&self, sequence: usize, position: usize) -> &[f32] {
+        let start = (sequence * self.seq + position) * self.vocab;
+        &self.data[start..start + self.vocab]
+    }
+
+    /// The logits of the last position of a sequence.
+    pub(super) fn last(&self, sequence: usize) -> &[f32] {
+        self.row(sequence, self.seq - 1)
+    }
+
+    /// All logits of one sequence.
+    pub(super) fn sequence(&self, sequence: usize) -> &[f32] {
+        let size = self.seq * self.vocab;
+        &self.data[sequence * size..(sequence + 1) * size]
+    }
+
+    /// The logits of the first `positions` positions of a sequence.
+    pub(super) fn prefix(&self, sequence: usize, positions: usize) -> &[f32] {
+        &self.sequence(sequence)[..positions * self.vocab]
+    }
+}
+
+/// Ids as a `[batch, seq]` tensor of u32 on a device. All rows have one length.
+pub(super) fn ids(rows: &[Vec<u32>], device: &Device) -> Result<Tensor, Stop> {
+    let seq = rows.first().map_or(0, Vec::len);
+    Ok(Tensor::from_vec(rows.concat(), (rows.len(), seq), device)?)
+}
+
+/// One forward call, with the backend's own error kept apart.
+pub(super) fn try_forward(
+    engine: &mut dyn BitNetInference,
+    rows: &[Vec<u32>],
+    cache: Option<&mut KVCache>,
+) -> Result<bitnet_contracts::Result<InferenceOutput>, Stop> {
+    let input = ids(rows, &engine.device().clone())?;
+    Ok(engine.forward(&input, cache))
+}
+
+/// One forward call that must succeed and give logits for every position of every row.
+pub(super) fn forward(
+    engine: &mut dyn BitNetInference,
+    rows: &[Vec<u32>],
+    cache: Option<&mut KVCache>,
+) -> Result<Logits, Stop> {
+    let logits = Logits::of(&try_forward(engine, rows, cache)??)?;
+    let seq = rows.first().map_or(0, Vec::len);
+    let vocab = engine.config().vocab_size;
+    if (logits.batch, logits.seq, logits.vocab) != (rows.len(), seq, vocab) {
+        return Err(Stop::Unexpected(format!(
+            "logits have shape {:?}, and [{}, {seq}, {vocab}] was due",
+            [logits.batch, logits.seq, logits.vocab],
+            rows.len(),
+        )));
+    }
+    Ok(logits)
+}
+
+/// The logits of one sequence without a cache: `[seq × vocab]`.
+pub(super) fn logits_of(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<Logits, Stop> {
+    forward(engine, &[tokens.to_vec()], None)
+}
+
+/// The logits of one sequence fed through a cache in pieces of the given sizes, put together again.
+pub(super) fn chunked(
+    engine: &mut dyn BitNetInference,
+    tokens: &[u32],
+    sizes: &[usize],
+    cache: &mut KVCache,
+) -> Result<Vec<f32>, Stop> {
+    let (mut data, mut start) = (Vec::new(), 0);
+    for &size in sizes {
+        let piece = tokens[start..start + size].to_vec();
+        data.extend(forward(engine, &[piece], Some(cache))?.data);
+        start += size;
+    }
+    Ok(data)
+}
+
+/// One generation, with its error as the end of the check.
+pub(super) fn generate(
+    engine: &mut dyn BitNetInference,
+    prompt: &[u32],
+    max_tokens: usize,
+    config: &GenerationConfig,
+) -> Result<GenerationResult, Stop> {
+    engine.generate(prompt, max_tokens, config).map_err(|e| Stop::Unexpected(format!("generate failed: {e}")))
+}
+
+/// The most likely token at every step, with no token held back for `min_new_tokens`.
+pub(super) fn greedy() -> GenerationConfig {
+    GenerationConfig { min_new_tokens: 0, ..GenerationConfig::greedy() }
+}
+
+/// The greedy continuation of a prompt by the backend's own forward pass, without a cache: the lowest id among equals.
+/// Gives the tokens and the top-1 margin of each.
+pub(super) fn own_greedy(
+    engine: &mut dyn BitNetInference,
+    prompt: &[u32],
+    steps: usize,
+) -> Result<Vec<(u32, f64)>, Stop> {
+    let mut tokens = prompt.to_vec();
+    let mut out = Vec::with_capacity(steps);
+    for _ in 0..steps {
+        let (token, margin) = super::stats::top_two(logits_of(engine, &tokens)?.last(0));
+        out.push((token as u32, margin));
+        tokens.push(token as u32);
+    }
+    Ok(out)
+}
+
+/// A greedy continuation as far as an engine may give it: up to the model's own end-of-sequence token, where the engine
+/// says that it stopped there (with no `eos_token_id` configured, both readings are allowed).
+pub(super) fn until_eos(facts: &ModelFacts, result: &GenerationResult, tokens: &[u32]) -> Vec<u32> {
+    if result.finish_reason != FinishReason::EndOfSequence {
+        return tokens.to_vec();
+    }
+    tokens.iter().copied().take_while(|t| !facts.eos.contains(t)).collect()
+}
+
+/// Sampling with nothing switched on: temperature 1, no filter, no penalty, no token held back.
+pub(super) fn plain(seed: u64) -> GenerationConfig {
+    GenerationConfig {
+        temperature: 1.0,
+        top_k: None,
+        top_p: None,
+        repetition_penalty: 1.0,
+        min_new_tokens: 0,
+        do_sample: true,
+        seed: Some(seed),
+        ..GenerationConfig::default()
+    }
+}
+
+/// A well-mixed 64-bit value from another (the finaliser of splitmix64).
+pub(super) fn mix(value: u64) -> u64 {
+    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A prompt of `len` ordinary tokens that depends on `salt` alone. Tokens that the model calls beginning or end of a
+/// text are left out.
+pub(super) fn prompt(facts: &ModelFacts, len: usize, salt: u64) -> Vec<u32> {
+    let special = |token: u32| facts.bos == Some(token) || facts.eos.contains(&token);
+    let mut tokens = Vec::with_capacity(len);
+    let mut state = mix(salt ^ 0xb17e);
+    while tokens.len() < len {
+        state = mix(state);
+        let token = (state % facts.vocab_size.max(1) as u64) as u32;
+        if !special(token) || facts.vocab_size < 8 {
+            tokens.push(token);
+        }
+    }
+    tokens
+}
+
+/// The same token as another one: one step on in the vocabulary, never special.
+pub(super) fn other_token(facts: &ModelFacts, token: u32) -> u32 {
+    let vocab = facts.vocab_size as u32;
+    (1..vocab)
+        .map(|step| (token + step * 7) % vocab)
+        .find(|&t| t != token && facts.bos != Some(t) && !facts.eos.contains(&t))
+        .unwrap_or((token + 1) % vocab)
+}
+
+/// Asserts that a backend evaluated the same positions to the same logits by two ways that the contract calls equal:
+/// bit for bit where it claims that, else within what its arithmetic can be held to.
+#[track_caller]
+pub(super) fn same_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], expected: &[f32]) -> bool {
+    let capabilities = ctx.capabilities();
+    if bitwise(ctx) {
+        return ctx.check_bits(what, seen, expected);
+    }
+    if (capabilities.semantics, capabilities.noise) == (Semantics::Fp32, Noise::F32) {
+        let reach = expected.iter().fold(0.0f64, |m, &x| m.max(f64::from(x).abs()));
+        let limit = tolerance::FP32_SELF.max(2.0 * tolerance::FP32_RELATIVE * reach);
+        return ctx.check_close(what, seen, expected, limit);
+    }
+    if seen.len() != expected.len() {
+        return ctx.check_eq(format!("{what}: values"), seen.len(), expected.len());
+    }
+    let vocab = ctx.facts().vocab_size.max(1);
+    let mut rows = super::stats::Rows::default();
+    rows.add(seen, expected, vocab);
+    ctx.compared(expected.len());
+    let (row, worst) = rows.worst_pearson();
+    ctx.check_at_least(format!("{what}: worst row correlation (row {row})"), worst, tolerance::COARSE_ROW_CORRELATION)
+}
+
+/// Asserts that two greedy continuations of a prompt agree: exactly, where the backend claims bit-exactness; else up to
+/// the first step at which its own logits leave the choice to rounding.
+#[track_caller]
+pub(super) fn same_greedy(
+    ctx: &mut Context<'_>,
+    what: impl Display,
+    engine: &mut dyn BitNetInference,
+    prompt: &[u32],
+    seen: &[u32],
+    expected: &[u32],
+) -> Result<bool, Stop> {
+    let first = seen.iter().zip(expected).position(|(s, e)| s != e);
+    if let (false, Some(step)) = (bitwise(ctx), first) {
+        let mut tokens = prompt.to_vec();
+        tokens.extend(&expected[..step]);
+        let (_, margin) = super::stats::top_two(logits_of(engine, &tokens)?.last(0));
+        if margin < own_margin(ctx) {
+            ctx.note(format!("{what}: compared up to step {step}, where the top-1 margin is {margin:.2e}"));
+            return Ok(ctx.check_slices(what, &seen[..step], &expected[..step]));
+        }
+    }
+    Ok(ctx.check_slices(what, seen, expected))
+}
+
+/// Whether the backend claims that chunking, batching and threads leave every bit as it is.
+pub(super) fn bitwise(ctx: &Context<'_>) -> bool {
+    ctx.capabilities().semantics == Semantics::W158A8 && ctx.capabilities().noise == Noise::F32
+}
+
+/// How far apart two logits must be for the backend's own noise not to swap them.
+pub(super) fn own_margin(ctx: &Context<'_>) -> f64 {
+    match (ctx.capabilities().semantics, ctx.capabilities().noise) {
+        (Semantics::Fp32, Noise::F32) => tolerance::FP32_MARGIN,
+        _ => tolerance::A8_MARGIN,
+    }
+}
+
+/// Whether an error says that numbers went bad, in either of the two places where the contracts have a word for it.
+pub(super) fn is_instability(error: &InferenceError) -> bool {
+    use bitnet_contracts::{ForwardPassError, OutputValidationError};
+    matches!(
+        error,
+        InferenceError::ForwardPass(ForwardPassError::NumericalInstability { .. })
+            | InferenceError::OutputValidation(OutputValidationError::NumericalInstability { .. })
+    )
+}
+
+/// Whether an error is a `KVCacheError`.
+pub(super) fn is_cache_error(error: &InferenceError) -> bool {
+    matches!(error, InferenceError::ForwardPass(bitnet_contracts::ForwardPassError::KVCacheError { .. }))
+}
+
+/// Whether an error is an `InvalidToken`.
+pub(super) fn is_invalid_token(error: &InferenceError) -> bool {
+    matches!(error, InferenceError::Tokenization(bitnet_contracts::TokenizationError::InvalidToken { .. }))
+}

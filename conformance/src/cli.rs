@@ -1,0 +1,198 @@
+//! The command line: `run`, `list`, `gate`. A binary registers its backends and hands over.
+
+use crate::backend::Registry;
+use crate::gates::Thresholds;
+use crate::report::{Report, json, junit, terminal};
+use crate::run::Runner;
+use crate::suite::{Selection, Suite};
+use crate::verdict::CaseResult;
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Instant, SystemTime};
+
+/// Runs the conformance suite for BitNet b1.58 inference engines.
+///
+/// Without a subcommand this is `run`. Exit codes: 0 all good; 1 a case failed, crashed, timed out or was inconclusive,
+/// or a gate was breached; 2 the command line, a file or the machine does not allow an answer.
+#[derive(Debug, Parser)]
+#[command(name = "conformance", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run cases and report.
+    Run(RunArgs),
+    /// List the cases, one id a line.
+    List(ListArgs),
+    /// Hold a JSON report against thresholds.
+    Gate(GateArgs),
+}
+
+#[derive(Debug, Args)]
+struct ChoiceArgs {
+    /// A backend; may be repeated. Default: every registered one.
+    #[arg(long, value_name = "NAME")]
+    backend: Vec<String>,
+    /// A built-in model, or a folder in the Hugging Face layout; may be repeated. Default: the built-in models.
+    #[arg(long, value_name = "NAME|DIR")]
+    model: Vec<String>,
+    /// A part of the case ids, or a pattern over whole ids (`cpu/*/kv_cache/*`).
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    choice: ChoiceArgs,
+    /// Write the report as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the report as JUnit XML.
+    #[arg(long, value_name = "FILE")]
+    junit: Option<PathBuf>,
+    /// Worker processes. Default: one a processor. Cases that measure time or memory always run alone.
+    #[arg(long, value_name = "N")]
+    jobs: Option<std::num::NonZeroUsize>,
+}
+
+#[derive(Debug, Args)]
+struct ListArgs {
+    #[command(flatten)]
+    choice: ChoiceArgs,
+    /// Show the clause of each case, and why it would not run.
+    #[arg(long)]
+    long: bool,
+}
+
+#[derive(Debug, Args)]
+struct GateArgs {
+    /// The thresholds.
+    #[arg(long, value_name = "FILE")]
+    thresholds: PathBuf,
+    /// The profile of service levels.
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    profile: String,
+    /// The report, as written by `run --json`.
+    #[arg(value_name = "REPORT.json")]
+    report: PathBuf,
+}
+
+impl From<ChoiceArgs> for Selection {
+    fn from(args: ChoiceArgs) -> Self {
+        Self { backends: args.backend, models: args.model, filter: args.filter }
+    }
+}
+
+type Failure = Box<dyn std::error::Error>;
+
+/// Runs the command line against the registered backends as the `main` of a binary.
+pub fn main(registry: Registry) -> ExitCode {
+    let result = Suite::new(registry).map_err(Failure::from).and_then(|suite| {
+        if let Some(code) = crate::worker::serve_if_asked(suite.registry(), suite.checks()) {
+            return Ok(code);
+        }
+        let cli = Cli::parse();
+        match cli.command.unwrap_or(Command::Run(cli.run)) {
+            Command::Run(args) => run(&suite, args),
+            Command::List(args) => list(&suite, args),
+            Command::Gate(args) => gate(&args),
+        }
+    });
+    result.unwrap_or_else(|error| {
+        eprintln!("conformance: {error}");
+        ExitCode::from(2)
+    })
+}
+
+fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
+    let cases = suite.select(&args.choice.into())?;
+    let style = style();
+    let jobs = args.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let runner = Runner::new()?;
+    let bar = progress_bar(cases.len() as u64);
+    let bad = std::sync::atomic::AtomicU64::new(0);
+    let (started, clock) = (SystemTime::now(), Instant::now());
+    let results = runner.run_all(&cases, jobs, &|result: &CaseResult| {
+        if !result.outcome.verdict.is_good() {
+            let count = 1 + bad.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            bar.println(format!("{:<12} {}", result.outcome.verdict.name().to_uppercase(), result.id));
+            bar.set_prefix(format!("{count} not good · "));
+        }
+        bar.set_message(result.id.clone());
+        bar.inc(1);
+    });
+    bar.finish_and_clear();
+    drop(runner);
+    let report = Report::new(&cases, results, started, clock.elapsed());
+    if let Some(path) = &args.json {
+        json::write(&report, path)?;
+    }
+    if let Some(path) = &args.junit {
+        junit::write(&report, path)?;
+    }
+    print(&terminal::render(&report, &style));
+    Ok(if report.totals.is_green() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn list(suite: &Suite, args: ListArgs) -> Result<ExitCode, Failure> {
+    let mut text = String::new();
+    for case in suite.select(&args.choice.into())? {
+        text.push_str(&case.id);
+        if args.long {
+            text.push_str(&format!("\t{}", case.check.clause));
+            if let Some(why) = case.unsupported {
+                text.push_str(&format!("\tunsupported: {why}"));
+            }
+        }
+        text.push('\n');
+    }
+    print(&text);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn gate(args: &GateArgs) -> Result<ExitCode, Failure> {
+    let thresholds = Thresholds::read(&args.thresholds)?;
+    let report = json::read(&args.report)?;
+    let breaches = thresholds.breaches(&report, &args.profile)?;
+    let mut text = String::new();
+    for breach in &breaches {
+        text.push_str(&format!("breach: {breach}\n"));
+    }
+    let word = if breaches.is_empty() { "passed" } else { "refused" };
+    text.push_str(&format!(
+        "gate {word}: {} cases, {} assertions, profile {}\n",
+        report.totals.cases, report.totals.assertions, args.profile
+    ));
+    print(&text);
+    Ok(if breaches.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+fn style() -> terminal::Style {
+    terminal::Style {
+        colour: std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+        program: std::env::args().next().map_or_else(|| "conformance".to_string(), |p| terminal::shell_quoted(&p)),
+    }
+}
+
+/// A bar on standard error, which draws nothing where that is no terminal.
+fn progress_bar(length: u64) -> ProgressBar {
+    let bar = ProgressBar::new(length);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} · {elapsed} · {prefix}{wide_msg}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Prints to standard output. A reader that has seen enough (`| head`) is no error.
+fn print(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}

@@ -1,0 +1,409 @@
+//! What a check works with: engines of the backend under test, golden data, and assertions that count themselves.
+
+use crate::backend::{BackendFactory, Capabilities, CreateOptions};
+use crate::case::{CheckResult, Stop};
+use crate::model::{ModelFacts, ModelFixture};
+use crate::verdict::{Failure, Outcome, Verdict};
+use bitnet_contracts::{BitNetInference, InferenceError, ThreadSafeInference};
+use golden::Golden;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::{Debug, Display};
+use std::panic::Location;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+/// How many failed assertions of one case are kept with their texts; all are counted.
+pub const MAX_FAILURES: usize = 20;
+
+/// Everything a check may use: the backend, the model, golden data, and the assertions.
+pub struct Context<'a> {
+    factory: &'a dyn BackendFactory,
+    model: &'a ModelFixture,
+    capabilities: Capabilities,
+    scratch: &'a Path,
+    assertions: u64,
+    values: u64,
+    failed: u64,
+    failures: Vec<Failure>,
+    measurements: BTreeMap<String, f64>,
+    notes: Vec<String>,
+}
+
+impl<'a> Context<'a> {
+    /// A context for one run of one check. `scratch` is an existing folder that the check may write to; the caller
+    /// removes it.
+    pub fn new(factory: &'a dyn BackendFactory, model: &'a ModelFixture, scratch: &'a Path) -> Self {
+        Self {
+            capabilities: factory.capabilities(),
+            factory,
+            model,
+            scratch,
+            assertions: 0,
+            values: 0,
+            failed: 0,
+            failures: Vec::new(),
+            measurements: BTreeMap::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// The backend under test.
+    pub fn factory(&self) -> &'a dyn BackendFactory {
+        self.factory
+    }
+
+    /// The model, on disk.
+    pub fn model(&self) -> &'a ModelFixture {
+        self.model
+    }
+
+    /// The model's facts from its `config.json`.
+    pub fn facts(&self) -> &'a ModelFacts {
+        &self.model.config
+    }
+
+    /// What the backend declares.
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    /// A folder of this case's own to write files to; removed afterwards.
+    pub fn scratch(&self) -> &'a Path {
+        self.scratch
+    }
+
+    /// A fresh engine with default options.
+    ///
+    /// # Errors
+    /// The backend's error ends the check as a failure.
+    pub fn engine(&self) -> Result<Box<dyn BitNetInference>, Stop> {
+        self.factory.create(self.model).map_err(|e| Stop::Unexpected(format!("create failed: {e}")))
+    }
+
+    /// A fresh engine with options.
+    ///
+    /// # Errors
+    /// The backend's error ends the check as a failure: ask only for what the backend declares.
+    pub fn engine_with(&self, options: &CreateOptions) -> Result<Box<dyn BitNetInference>, Stop> {
+        self.factory
+            .create_with(self.model, options)
+            .map_err(|e| Stop::Unexpected(format!("create_with({options:?}) failed: {e}")))
+    }
+
+    /// A fresh engine for many threads.
+    ///
+    /// # Errors
+    /// Fails a backend that declares `thread_safe` and returns none; unsupported where it declares nothing.
+    pub fn thread_safe(&self) -> Result<Arc<dyn ThreadSafeInference>, Stop> {
+        match self.factory.create_thread_safe(self.model) {
+            Some(engine) => engine.map_err(|e| Stop::Unexpected(format!("create_thread_safe failed: {e}"))),
+            None if self.capabilities.thread_safe => Err(Stop::Unexpected(
+                "the backend declares thread_safe, and create_thread_safe returned None".to_string(),
+            )),
+            None => Err(Stop::Unsupported("the backend has no thread-safe engine".to_string())),
+        }
+    }
+
+    /// The golden data of this model, loaded once per process.
+    ///
+    /// # Errors
+    /// Inconclusive where the model has none or it cannot be read: a golden check without golden data decides nothing.
+    pub fn golden(&self) -> Result<Arc<Golden>, Stop> {
+        let case = self
+            .model
+            .golden
+            .as_deref()
+            .ok_or_else(|| Stop::Inconclusive(format!("model {} has no golden data", self.model.name())))?;
+        let golden = load_golden(case)?;
+        match &self.model.weights_sha256 {
+            Some(hash) if *hash != golden.model_sha256 => Err(Stop::Inconclusive(format!(
+                "golden case {case} was made from weights {}, and the model has {hash}",
+                golden.model_sha256
+            ))),
+            _ => Ok(golden),
+        }
+    }
+
+    /// Another built-in model, written into this case's scratch folder.
+    ///
+    /// # Errors
+    /// Inconclusive where it cannot be made.
+    pub fn other_model(&self, name: &str) -> Result<ModelFixture, Stop> {
+        ModelFixture::built_in(name, self.scratch).map_err(|e| Stop::Inconclusive(e.to_string()))
+    }
+
+    /// Notes a number for the report and the gates. A repeated key keeps the value given last.
+    ///
+    /// A number that is not finite is no measurement: it fails the case.
+    #[track_caller]
+    pub fn measure(&mut self, key: &str, value: f64) {
+        self.measure_with(key, value, |_, new| new, Location::caller());
+    }
+
+    /// Notes a number and keeps the largest given under this key.
+    #[track_caller]
+    pub fn measure_max(&mut self, key: &str, value: f64) {
+        self.measure_with(key, value, f64::max, Location::caller());
+    }
+
+    /// Notes a number and keeps the smallest given under this key.
+    #[track_caller]
+    pub fn measure_min(&mut self, key: &str, value: f64) {
+        self.measure_with(key, value, f64::min, Location::caller());
+    }
+
+    fn measure_with(&mut self, key: &str, value: f64, keep: fn(f64, f64) -> f64, at: &Location<'_>) {
+        if !value.is_finite() {
+            self.assert(at, false, || (format!("measurement {key} is a finite number"), format!("{key} = {value}")));
+            return;
+        }
+        let kept = self.measurements.get(key).map_or(value, |old| keep(*old, value));
+        self.measurements.insert(key.to_string(), kept);
+    }
+
+    /// Leaves a remark in the report.
+    pub fn note(&mut self, text: impl Into<String>) {
+        self.notes.push(text.into());
+    }
+
+    /// Counts values that an assertion compared, where it could not see them itself.
+    pub fn compared(&mut self, values: usize) {
+        self.values += values as u64;
+    }
+
+    /// Asserts that something holds. Returns whether it did; the check goes on either way.
+    #[track_caller]
+    pub fn check(&mut self, holds: bool, expected: impl Display, seen: impl Display) -> bool {
+        self.values += 1;
+        self.assert(Location::caller(), holds, || (expected.to_string(), seen.to_string()))
+    }
+
+    /// Asserts that something holds, and ends the check where it does not.
+    ///
+    /// # Errors
+    /// [`Stop::Failed`], for `?`.
+    #[track_caller]
+    pub fn require(&mut self, holds: bool, expected: impl Display, seen: impl Display) -> CheckResult {
+        if self.check(holds, expected, seen) { Ok(()) } else { Err(Stop::Failed) }
+    }
+
+    /// Asserts that two things are equal.
+    #[track_caller]
+    pub fn check_eq<T: PartialEq<U> + Debug, U: Debug>(&mut self, what: impl Display, seen: T, expected: U) -> bool {
+        self.values += 1;
+        self.assert(Location::caller(), seen == expected, || {
+            (format!("{what} = {expected:?}"), format!("{what} = {seen:?}"))
+        })
+    }
+
+    /// Asserts that two lists are equal, element by element; a failure names the first difference.
+    #[track_caller]
+    pub fn check_slices<T: PartialEq + Debug>(&mut self, what: impl Display, seen: &[T], expected: &[T]) -> bool {
+        let at = Location::caller();
+        self.values += expected.len() as u64;
+        if seen.len() != expected.len() {
+            return self.assert(at, false, || lengths(&what, seen.len(), expected.len()));
+        }
+        let first = seen.iter().zip(expected).position(|(s, e)| s != e);
+        self.assert(at, first.is_none(), || match first {
+            Some(i) => (format!("{what}[{i}] = {:?}", expected[i]), format!("{what}[{i}] = {:?}", seen[i])),
+            None => (String::new(), String::new()),
+        })
+    }
+
+    /// Asserts that two lists of floats are the same bit for bit (so NaN equals itself, and 0.0 differs from -0.0).
+    #[track_caller]
+    pub fn check_bits(&mut self, what: impl Display, seen: &[f32], expected: &[f32]) -> bool {
+        let at = Location::caller();
+        self.values += expected.len() as u64;
+        if seen.len() != expected.len() {
+            return self.assert(at, false, || lengths(&what, seen.len(), expected.len()));
+        }
+        let differ = seen.iter().zip(expected).filter(|(s, e)| s.to_bits() != e.to_bits()).count();
+        let first = seen.iter().zip(expected).position(|(s, e)| s.to_bits() != e.to_bits());
+        self.assert(at, first.is_none(), || match first {
+            Some(i) => (
+                format!("{what} the same bit for bit: [{i}] = {:?} (0x{:08x})", expected[i], expected[i].to_bits()),
+                format!(
+                    "[{i}] = {:?} (0x{:08x}), and {differ} of {} values differ",
+                    seen[i],
+                    seen[i].to_bits(),
+                    seen.len()
+                ),
+            ),
+            None => (String::new(), String::new()),
+        })
+    }
+
+    /// Asserts that two lists of floats are within `tolerance` (absolute) of each other. NaN is never close.
+    #[track_caller]
+    pub fn check_close(&mut self, what: impl Display, seen: &[f32], expected: &[f32], tolerance: f64) -> bool {
+        let at = Location::caller();
+        self.values += expected.len() as u64;
+        if seen.len() != expected.len() {
+            return self.assert(at, false, || lengths(&what, seen.len(), expected.len()));
+        }
+        let mut worst: Option<(usize, f64)> = None;
+        for (i, (s, e)) in seen.iter().zip(expected).enumerate() {
+            let gap = (f64::from(*s) - f64::from(*e)).abs();
+            let gap = if gap.is_nan() { f64::INFINITY } else { gap };
+            if worst.is_none_or(|(_, w)| gap > w) {
+                worst = Some((i, gap));
+            }
+        }
+        let (i, gap) = worst.unwrap_or((0, 0.0));
+        self.assert(at, gap <= tolerance, || {
+            (
+                format!("{what} within {tolerance:e}: [{i}] = {:?}", expected[i]),
+                format!("[{i}] = {:?}, off by {gap:e}", seen[i]),
+            )
+        })
+    }
+
+    /// Asserts `seen <= limit`. NaN fails.
+    #[track_caller]
+    pub fn check_at_most(&mut self, what: impl Display, seen: f64, limit: f64) -> bool {
+        self.values += 1;
+        self.assert(Location::caller(), seen <= limit, || {
+            (format!("{what} at most {limit}"), format!("{what} = {seen}"))
+        })
+    }
+
+    /// Asserts `seen >= limit`. NaN fails.
+    #[track_caller]
+    pub fn check_at_least(&mut self, what: impl Display, seen: f64, limit: f64) -> bool {
+        self.values += 1;
+        self.assert(Location::caller(), seen >= limit, || {
+            (format!("{what} at least {limit}"), format!("{what} = {seen}"))
+        })
+    }
+
+    /// Asserts that a call succeeded and hands out its value.
+    #[track_caller]
+    pub fn check_ok<T, E: Display>(&mut self, what: impl Display, result: Result<T, E>) -> Option<T> {
+        let at = Location::caller();
+        self.values += 1;
+        match result {
+            Ok(value) => {
+                self.assert(at, true, || (String::new(), String::new()));
+                Some(value)
+            }
+            Err(error) => {
+                self.assert(at, false, || (format!("{what} succeeds"), format!("{what} failed: {error}")));
+                None
+            }
+        }
+    }
+
+    /// Asserts that a call failed with an error that `matches` accepts; `name` says which one that is, for instance
+    /// `ForwardPassError::InvalidInput`.
+    #[track_caller]
+    pub fn expect_error<T>(
+        &mut self,
+        what: impl Display,
+        result: Result<T, InferenceError>,
+        matches: impl FnOnce(&InferenceError) -> bool,
+        name: &str,
+    ) -> bool {
+        let at = Location::caller();
+        self.values += 1;
+        match result {
+            Ok(_) => self.assert(at, false, || (format!("{what} fails with {name}"), format!("{what} succeeded"))),
+            Err(error) => {
+                let right = matches(&error);
+                self.assert(at, right, || {
+                    (format!("{what} fails with {name}"), format!("{what} failed with {error:?}"))
+                })
+            }
+        }
+    }
+
+    /// Assertions that ran so far.
+    pub fn assertions(&self) -> u64 {
+        self.assertions
+    }
+
+    /// Assertions that did not hold so far.
+    pub fn failed(&self) -> u64 {
+        self.failed
+    }
+
+    fn assert(&mut self, at: &Location<'_>, holds: bool, texts: impl FnOnce() -> (String, String)) -> bool {
+        self.assertions += 1;
+        if !holds {
+            self.failed += 1;
+            if self.failures.len() < MAX_FAILURES {
+                let (expected, seen) = texts();
+                self.failures.push(Failure {
+                    expected: clip(expected),
+                    seen: clip(seen),
+                    at: format!("{}:{}", at.file(), at.line()),
+                });
+            }
+        }
+        holds
+    }
+
+    /// Closes the books: the verdict that follows from how the check ended and from what it asserted.
+    pub(crate) fn finish(self, end: End, duration: Duration) -> Outcome {
+        let (verdict, reason) = match end {
+            End::Panicked(message) => (Verdict::Crash, Some(message)),
+            End::Returned(Err(Stop::Unexpected(error))) => (Verdict::Fail, Some(error)),
+            _ if self.failed > 0 => (Verdict::Fail, None),
+            End::Returned(Err(Stop::Failed)) => {
+                (Verdict::Fail, Some("the check stopped at a failed assertion that it did not record".to_string()))
+            }
+            End::Returned(Err(Stop::Unsupported(why))) => (Verdict::Unsupported, Some(why)),
+            End::Returned(Err(Stop::Inconclusive(why))) => (Verdict::Inconclusive, Some(why)),
+            End::Returned(Ok(())) if self.assertions == 0 => {
+                (Verdict::Inconclusive, Some("the check made no assertion".to_string()))
+            }
+            End::Returned(Ok(())) => (Verdict::Pass, None),
+        };
+        Outcome {
+            verdict,
+            reason: reason.map(clip),
+            failures: self.failures,
+            failed_assertions: self.failed,
+            assertions: self.assertions,
+            values: self.values,
+            measurements: self.measurements,
+            notes: self.notes,
+            output_tail: None,
+            duration_s: duration.as_secs_f64(),
+        }
+    }
+}
+
+/// How the function of a check ended.
+pub(crate) enum End {
+    Returned(CheckResult),
+    Panicked(String),
+}
+
+fn lengths(what: &impl Display, seen: usize, expected: usize) -> (String, String) {
+    (format!("{what} has {expected} elements"), format!("{what} has {seen} elements"))
+}
+
+/// Keeps texts of failures readable: a debug print of a whole tensor is cut.
+fn clip(text: String) -> String {
+    const LIMIT: usize = 2000;
+    if text.len() <= LIMIT {
+        return text;
+    }
+    let end = (0..=LIMIT).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    format!("{} … ({} bytes more)", &text[..end], text.len() - end)
+}
+
+fn load_golden(case: &str) -> Result<Arc<Golden>, Stop> {
+    static LOADED: OnceLock<Mutex<HashMap<String, Arc<Golden>>>> = OnceLock::new();
+    let loaded = LOADED.get_or_init(Mutex::default);
+    let mut loaded = loaded.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(golden) = loaded.get(case) {
+        return Ok(golden.clone());
+    }
+    let golden = Arc::new(golden::load(case)?);
+    loaded.insert(case.to_string(), golden.clone());
+    Ok(golden)
+}

@@ -1,0 +1,130 @@
+//! The suite as a test target: every case is one test of `cargo test`.
+//!
+//! A crate registers its backend in a target with `harness = false`:
+//!
+//! ```no_run
+//! # use conformance::{BackendFactory, Capabilities, ModelFixture, Registry, Semantics};
+//! # use bitnet_contracts::{BitNetInference, Result};
+//! struct Mine;
+//! impl BackendFactory for Mine {
+//!     fn name(&self) -> &str { "mine" }
+//!     fn capabilities(&self) -> Capabilities { Capabilities::new(Semantics::W158A8) }
+//!     fn create(&self, model: &ModelFixture) -> Result<Box<dyn BitNetInference>> {
+//! #       unimplemented!("{}", model.name())
+//!         // load the model in `model.dir()`
+//!     }
+//! }
+//! fn main() -> std::process::ExitCode {
+//!     conformance::main(Registry::new().with(Mine))
+//! }
+//! ```
+//!
+//! Filters, `--list`, `--exact`, `--skip`, `--test-threads` and the rest of libtest's options work, and so does nextest.
+//! Three environment variables choose what there is to run: [`BACKENDS_ENV`], [`MODELS_ENV`], [`FILTER_ENV`].
+
+use crate::backend::Registry;
+use crate::report::terminal;
+use crate::run::Runner;
+use crate::suite::{Case, Selection, Suite};
+use crate::verdict::Verdict;
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Backends to test, by name with commas between; unset or empty for all registered ones. A name that is not
+/// registered is an error.
+pub const BACKENDS_ENV: &str = "CONFORMANCE_BACKENDS";
+
+/// Models to test on, by name or folder with commas between; unset or empty for the built-in ones.
+pub const MODELS_ENV: &str = "CONFORMANCE_MODELS";
+
+/// A part of, or a pattern for, the ids of the cases to make tests of.
+pub const FILTER_ENV: &str = "CONFORMANCE_FILTER";
+
+/// Runs the suite against the registered backends as the `main` of a test target.
+pub fn main(registry: Registry) -> ExitCode {
+    match Suite::new(registry) {
+        Ok(suite) => run(&suite),
+        Err(error) => refuse(&error),
+    }
+}
+
+/// The same for a suite with a choice of checks.
+pub fn run(suite: &Suite) -> ExitCode {
+    if let Some(code) = crate::worker::serve_if_asked(suite.registry(), suite.checks()) {
+        return code;
+    }
+    let args = Arguments::from_args();
+    let cases = match suite.select(&selection_from(|name| std::env::var(name).ok())) {
+        Ok(cases) => cases,
+        Err(error) => return refuse(&error),
+    };
+    // Listing starts no worker and writes no file.
+    let runner = if args.list {
+        None
+    } else {
+        match Runner::new() {
+            Ok(runner) => Some(Arc::new(runner)),
+            Err(error) => return refuse(&error),
+        }
+    };
+    libtest_mimic::run(&args, trials(cases, runner)).exit_code()
+}
+
+/// What the environment chooses; `get` reads a variable.
+pub fn selection_from(get: impl Fn(&str) -> Option<String>) -> Selection {
+    let list = |name: &str| -> Vec<String> {
+        let text = get(name).unwrap_or_default();
+        text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_string).collect()
+    };
+    Selection {
+        backends: list(BACKENDS_ENV),
+        models: list(MODELS_ENV),
+        filter: get(FILTER_ENV).filter(|text| !text.is_empty()),
+    }
+}
+
+/// One trial a case; those that must run alone come last.
+fn trials(cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<Trial> {
+    // nextest runs one process a test and sees its exit code only, so a declared absence must be marked beforehand;
+    // libtest's own output can show the reason.
+    let nextest = std::env::var_os("NEXTEST").is_some();
+    let (alone, mut ordered): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|c| c.check.exclusive);
+    ordered.extend(alone);
+    ordered
+        .into_iter()
+        .map(|case| {
+            let ignored = nextest && case.unsupported.is_some();
+            let runner = runner.clone();
+            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref())).with_ignored_flag(ignored)
+        })
+        .collect()
+}
+
+fn judge(case: &Case, runner: Option<&Runner>) -> Result<Completion, Failed> {
+    let runner = runner.ok_or("tests are only listed, not run")?;
+    let result = runner.run(case);
+    match result.outcome.verdict {
+        Verdict::Pass => Ok(Completion::Completed),
+        Verdict::Unsupported => Ok(Completion::ignored_with(result.outcome.reason.as_deref().unwrap_or("unsupported"))),
+        _ => Err(format!("{}  repeat    {}\n", terminal::details(&result), repeat(&case.id)).into()),
+    }
+}
+
+/// The command that runs one test again: by cargo where cargo started this, else by this executable's path.
+fn repeat(id: &str) -> String {
+    let id = terminal::shell_quoted(id);
+    let exe = std::env::current_exe().unwrap_or_default();
+    // target/debug/deps/NAME-0123456789abcdef
+    let stem = exe.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    let target = stem.rsplit_once('-').filter(|(_, hash)| hash.len() == 16).map(|(name, _)| name);
+    match (std::env::var("CARGO_PKG_NAME"), target) {
+        (Ok(package), Some(target)) => format!("cargo test -p {package} --test {target} -- --exact {id}"),
+        _ => format!("{} --exact {id}", terminal::shell_quoted(&exe.to_string_lossy())),
+    }
+}
+
+fn refuse(error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("conformance: {error}");
+    ExitCode::from(2)
+}

@@ -1,0 +1,114 @@
+//! What a run found, in the forms people and pipelines read.
+
+pub mod environment;
+pub mod json;
+pub mod junit;
+pub mod terminal;
+
+pub use environment::Environment;
+
+use crate::backend::Capabilities;
+use crate::suite::Case;
+use crate::verdict::{CaseResult, Verdict};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The version of the report's form. It rises whenever a reader of the old form would misread the new one.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// A whole run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// [`SCHEMA_VERSION`] of the writer.
+    pub schema_version: u32,
+    /// The suite's version.
+    pub suite_version: String,
+    /// Start of the run, in seconds since 1970 (UTC).
+    pub started_unix_s: u64,
+    /// Wall time of the run in seconds.
+    pub duration_s: f64,
+    /// The machine.
+    pub environment: Environment,
+    /// What each backend declared.
+    pub backends: BTreeMap<String, Capabilities>,
+    /// Sums over the cases.
+    pub totals: Totals,
+    /// The cases, by backend, model and check.
+    pub cases: Vec<CaseResult>,
+}
+
+/// Sums over the cases of a run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Totals {
+    /// Cases.
+    pub cases: u64,
+    /// Cases by verdict.
+    pub verdicts: BTreeMap<Verdict, u64>,
+    /// Assertions that ran.
+    pub assertions: u64,
+    /// Single values that they compared.
+    pub values: u64,
+}
+
+impl Totals {
+    /// Adds up the cases.
+    pub fn of<'a>(cases: impl IntoIterator<Item = &'a CaseResult>) -> Self {
+        let mut totals = Self::default();
+        for case in cases {
+            totals.cases += 1;
+            *totals.verdicts.entry(case.outcome.verdict).or_default() += 1;
+            totals.assertions += case.outcome.assertions;
+            totals.values += case.outcome.values;
+        }
+        totals
+    }
+
+    /// How many cases have a verdict.
+    pub fn count(&self, verdict: Verdict) -> u64 {
+        self.verdicts.get(&verdict).copied().unwrap_or(0)
+    }
+
+    /// Whether every case passed or is a declared absence, and at least one passed.
+    pub fn is_green(&self) -> bool {
+        let bad: u64 = self.verdicts.iter().filter(|(v, _)| !v.is_good()).map(|(_, n)| n).sum();
+        bad == 0 && self.count(Verdict::Pass) > 0
+    }
+}
+
+impl Report {
+    /// The report of the cases that ran.
+    pub fn new(ran: &[Case], cases: Vec<CaseResult>, started: SystemTime, duration: Duration) -> Self {
+        Self {
+            schema_version: SCHEMA_VERSION,
+            suite_version: env!("CARGO_PKG_VERSION").to_string(),
+            started_unix_s: started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            duration_s: duration.as_secs_f64(),
+            environment: Environment::current(),
+            backends: ran.iter().map(|c| (c.backend.name().to_string(), c.backend.capabilities())).collect(),
+            totals: Totals::of(&cases),
+            cases,
+        }
+    }
+
+    /// The names of the backends that ran, in the order of the cases.
+    pub fn backend_names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for case in &self.cases {
+            if !names.contains(&case.backend.as_str()) {
+                names.push(&case.backend);
+            }
+        }
+        names
+    }
+
+    /// The values of a measurement over the cases of one backend.
+    pub fn measurements<'a>(&'a self, backend: &'a str, key: &'a str) -> impl Iterator<Item = f64> + 'a {
+        self.cases
+            .iter()
+            .filter(move |case| case.backend == backend)
+            .filter_map(move |case| case.outcome.measurements.get(key).copied())
+    }
+}

@@ -1,0 +1,343 @@
+//! The parent's side of isolation: workers, deadlines, and what becomes of a case whose worker dies.
+
+use crate::case::DEFAULT_DEADLINE;
+use crate::model::{ModelError, ModelFixture};
+use crate::suite::Case;
+use crate::verdict::{CaseResult, Outcome, Verdict};
+use crate::worker::{Answer, Request, WORKER_ENV};
+use std::collections::HashMap;
+use std::io::{ErrorKind, PipeReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// How much of a dead worker's output is shown.
+const TAIL_BYTES: usize = 4096;
+/// How long a worker that closed its channel may take to be gone.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Why a run cannot start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The temporary folder or this executable's own path is not to be had.
+    #[error("cannot prepare the run: {0}")]
+    Setup(#[from] std::io::Error),
+}
+
+/// Runs cases in worker processes. All workers and files of a run are gone when this is dropped.
+pub struct Runner {
+    executable: PathBuf,
+    idle: Mutex<Vec<Worker>>,
+    models: Mutex<HashMap<String, Arc<ModelFixture>>>,
+    /// Held for reading by ordinary cases, for writing by a case that must run alone.
+    alone: RwLock<()>,
+    serial: AtomicU64,
+    // Last: workers are gone before their files are.
+    root: tempfile::TempDir,
+}
+
+impl Runner {
+    /// A runner whose workers are this executable, which must call [`crate::worker::serve_if_asked`] first.
+    ///
+    /// # Errors
+    /// [`RunError::Setup`].
+    pub fn new() -> Result<Self, RunError> {
+        let root = tempfile::Builder::new().prefix("conformance-").tempdir()?;
+        for folder in ["models", "scratch", "tmp"] {
+            std::fs::create_dir(root.path().join(folder))?;
+        }
+        Ok(Self {
+            executable: std::env::current_exe()?,
+            idle: Mutex::default(),
+            models: Mutex::default(),
+            alone: RwLock::new(()),
+            serial: AtomicU64::new(0),
+            root,
+        })
+    }
+
+    /// The folder that holds everything this run writes.
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// Runs all cases with up to `jobs` at once and calls `done` after each. Cases that must run alone come last. The
+    /// results are in the order of the cases.
+    pub fn run_all(&self, cases: &[Case], jobs: usize, done: &(dyn Fn(&CaseResult) + Sync)) -> Vec<CaseResult> {
+        let slots: Vec<Mutex<Option<CaseResult>>> = cases.iter().map(|_| Mutex::new(None)).collect();
+        let one = |index: usize| {
+            let result = self.run(&cases[index]);
+            done(&result);
+            *slots[index].lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
+        };
+        let (alone, beside): (Vec<usize>, Vec<usize>) = (0..cases.len()).partition(|&i| cases[i].check.exclusive);
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..jobs.clamp(1, beside.len().max(1)) {
+                scope.spawn(|| {
+                    while let Some(&index) = beside.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        one(index);
+                    }
+                });
+            }
+        });
+        alone.into_iter().for_each(one);
+        slots.into_iter().filter_map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
+    }
+
+    /// Runs one case. Safe to call from many threads: a case that must run alone waits for the others and holds new
+    /// ones back.
+    pub fn run(&self, case: &Case) -> CaseResult {
+        let outcome = if let Some(why) = case.unsupported {
+            Outcome::bare(Verdict::Unsupported, why)
+        } else if case.check.exclusive {
+            let _gate = self.alone.write().unwrap_or_else(PoisonError::into_inner);
+            // A fresh process: nothing that ran before shows in what is measured.
+            self.in_worker(case, true)
+        } else {
+            let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
+            self.in_worker(case, false)
+        };
+        CaseResult {
+            id: case.id.clone(),
+            backend: case.backend.name().to_string(),
+            model: case.model.name().to_string(),
+            model_argument: case.model.argument(),
+            check: case.check.name.to_string(),
+            requirement: case.check.id.to_string(),
+            clause: case.check.clause.to_string(),
+            category: case.check.category,
+            outcome,
+        }
+    }
+
+    fn in_worker(&self, case: &Case, fresh: bool) -> Outcome {
+        let start = Instant::now();
+        let mut outcome = match self.try_in_worker(case, fresh) {
+            Ok(outcome) => outcome,
+            Err(reason) => Outcome::bare(Verdict::Inconclusive, reason),
+        };
+        if outcome.duration_s == 0.0 {
+            outcome.duration_s = start.elapsed().as_secs_f64();
+        }
+        outcome
+    }
+
+    fn try_in_worker(&self, case: &Case, fresh: bool) -> Result<Outcome, String> {
+        let model = self.fixture(case).map_err(|e| e.to_string())?;
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let scratch = self.root().join("scratch").join(serial.to_string());
+        std::fs::create_dir(&scratch).map_err(|e| format!("no scratch folder: {e}"))?;
+        let idle = if fresh { None } else { self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() };
+        let mut worker = match idle {
+            Some(worker) => worker,
+            None => self.start_worker(serial).map_err(|e| format!("cannot start a worker: {e}"))?,
+        };
+        let request = Request {
+            serial,
+            backend: case.backend.name().to_string(),
+            check: case.check.name.to_string(),
+            model: (*model).clone(),
+            scratch: scratch.clone(),
+        };
+        let deadline = case.check.deadline.unwrap_or(DEFAULT_DEADLINE);
+        let outcome = match worker.ask(&request, deadline) {
+            Ok(answer) if answer.serial == serial => {
+                if !fresh {
+                    self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
+                }
+                answer.outcome
+            }
+            Ok(answer) => worker.bury(format!("the worker answered request {} with {}", serial, answer.serial)),
+            Err(Silence::Deadline) => worker.stop_at_deadline(deadline),
+            Err(Silence::Closed) => worker.post_mortem(),
+            Err(Silence::Garbled(what)) => worker.bury(what),
+        };
+        // Ignored on failure: the whole tree goes at the end of the run.
+        let _ = std::fs::remove_dir_all(&scratch);
+        Ok(outcome)
+    }
+
+    /// The model's folder, written when its first case asks for it.
+    fn fixture(&self, case: &Case) -> Result<Arc<ModelFixture>, ModelError> {
+        let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = case.model.argument();
+        if let Some(model) = models.get(&key) {
+            return Ok(model.clone());
+        }
+        let model = Arc::new(case.model.materialize(&self.root().join("models"))?);
+        models.insert(key, model.clone());
+        Ok(model)
+    }
+
+    fn start_worker(&self, serial: u64) -> std::io::Result<Worker> {
+        let tmp = self.root().join("tmp").join(serial.to_string());
+        std::fs::create_dir(&tmp)?;
+        let (ours, theirs) = UnixStream::pair()?;
+        let (reader, writer) = std::io::pipe()?;
+        let child = Command::new(&self.executable)
+            .env(WORKER_ENV, "1")
+            .env("TMPDIR", &tmp)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(writer.try_clone()?)
+            .stderr(writer)
+            .spawn()?;
+        Ok(Worker { child, channel: ours, received: Vec::new(), tail: Tail::follow(reader), tmp })
+    }
+}
+
+/// Why a worker did not answer.
+enum Silence {
+    Deadline,
+    Closed,
+    Garbled(String),
+}
+
+struct Worker {
+    child: Child,
+    channel: UnixStream,
+    received: Vec<u8>,
+    tail: Tail,
+    tmp: PathBuf,
+}
+
+impl Worker {
+    fn ask(&mut self, request: &Request, deadline: Duration) -> Result<Answer, Silence> {
+        let garbled = |what: String| Silence::Garbled(what);
+        let mut line = serde_json::to_vec(request).map_err(|e| garbled(format!("request: {e}")))?;
+        line.push(b'\n');
+        let end = Instant::now() + deadline;
+        self.channel.set_write_timeout(Some(deadline)).map_err(|e| garbled(e.to_string()))?;
+        self.channel.write_all(&line).map_err(|_| Silence::Closed)?;
+        let mut chunk = [0u8; 16 * 1024];
+        loop {
+            if let Some(at) = self.received.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=at).collect();
+                return serde_json::from_slice(&line)
+                    .map_err(|e| garbled(format!("the worker's answer cannot be read: {e}")));
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Silence::Deadline);
+            }
+            self.channel.set_read_timeout(Some(left)).map_err(|e| garbled(e.to_string()))?;
+            match self.channel.read(&mut chunk) {
+                Ok(0) => return Err(Silence::Closed),
+                Ok(n) => self.received.extend_from_slice(&chunk[..n]),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    return Err(Silence::Deadline);
+                }
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return Err(Silence::Closed),
+            }
+        }
+    }
+
+    fn stop_at_deadline(mut self, deadline: Duration) -> Outcome {
+        self.kill();
+        let mut outcome = Outcome::bare(
+            Verdict::Timeout,
+            format!("no answer within {:.1} s; the worker was killed", deadline.as_secs_f64()),
+        );
+        outcome.output_tail = self.tail.text();
+        outcome
+    }
+
+    /// The channel is closed: waits for the process and says how it ended.
+    fn post_mortem(mut self) -> Outcome {
+        let end = Instant::now() + GRACE;
+        let reason = loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => break describe(status),
+                Ok(None) if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+                Ok(None) => break "the worker closed its channel and went on running".to_string(),
+                Err(e) => break format!("the worker is gone: {e}"),
+            }
+        };
+        self.bury(reason)
+    }
+
+    fn bury(mut self, reason: String) -> Outcome {
+        self.kill();
+        let mut outcome = Outcome::bare(Verdict::Crash, reason);
+        outcome.output_tail = self.tail.text();
+        outcome
+    }
+
+    fn kill(&mut self) {
+        // Both fail only where the process is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = std::fs::remove_dir_all(&self.tmp);
+    }
+}
+
+/// How a process ended, in words.
+fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("the worker exited with code {code}"),
+        (None, Some(signal)) => {
+            let name = match signal {
+                4 => " (SIGILL)",
+                6 => " (SIGABRT)",
+                7 => " (SIGBUS)",
+                8 => " (SIGFPE)",
+                9 => " (SIGKILL, perhaps for want of memory)",
+                11 => " (SIGSEGV)",
+                15 => " (SIGTERM)",
+                _ => "",
+            };
+            format!("the worker was ended by signal {signal}{name}")
+        }
+        (None, None) => "the worker ended".to_string(),
+    }
+}
+
+/// The last bytes of a worker's output, read as they come so that the pipe never fills.
+struct Tail {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: std::thread::JoinHandle<()>,
+}
+
+impl Tail {
+    fn follow(mut pipe: PipeReader) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let kept = bytes.clone();
+        let reader = std::thread::spawn(move || {
+            let mut chunk = [0u8; 4096];
+            while let Ok(n) = pipe.read(&mut chunk) {
+                if n == 0 {
+                    break;
+                }
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.extend_from_slice(&chunk[..n]);
+                let excess = kept.len().saturating_sub(TAIL_BYTES);
+                kept.drain(..excess);
+            }
+        });
+        Self { bytes, reader }
+    }
+
+    /// What a dead worker said last. Waits a moment for the pipe to run dry; a child of the worker may hold it open.
+    fn text(&self) -> Option<String> {
+        let end = Instant::now() + Duration::from_millis(500);
+        while !self.reader.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let text = String::from_utf8_lossy(&bytes).trim().to_string();
+        (!text.is_empty()).then_some(text)
+    }
+}

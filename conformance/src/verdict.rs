@@ -1,0 +1,137 @@
+//! What came of a case: the verdicts and the record that reports are made of.
+
+use crate::case::Category;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The outcome of one case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Verdict {
+    /// At least one assertion ran and all held.
+    Pass,
+    /// An assertion did not hold, or the backend returned an error where none was due.
+    Fail,
+    /// The backend declares that it lacks what the check needs.
+    Unsupported,
+    /// Nothing was asserted, or the check found that it cannot decide.
+    Inconclusive,
+    /// A panic, an abort, a signal or an early exit.
+    Crash,
+    /// The deadline passed; the worker was killed.
+    Timeout,
+}
+
+impl Verdict {
+    /// Every verdict, in the order reports show them.
+    pub const ALL: [Self; 6] =
+        [Self::Pass, Self::Fail, Self::Crash, Self::Timeout, Self::Inconclusive, Self::Unsupported];
+
+    /// The name in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Fail => "fail",
+            Self::Unsupported => "unsupported",
+            Self::Inconclusive => "inconclusive",
+            Self::Crash => "crash",
+            Self::Timeout => "timeout",
+        }
+    }
+
+    /// Whether a run with this verdict in it may still be called green: only passes and declared absences.
+    pub const fn is_good(self) -> bool {
+        matches!(self, Self::Pass | Self::Unsupported)
+    }
+}
+
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// One assertion that did not hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What had to be the case.
+    pub expected: String,
+    /// What was the case.
+    pub seen: String,
+    /// The assertion, as `file:line` of the check.
+    pub at: String,
+}
+
+/// One case of a run: what it was, and what came of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CaseResult {
+    /// The stable id: `BACKEND/MODEL/CATEGORY/WHAT@NUMBER`.
+    pub id: String,
+    /// The backend.
+    pub backend: String,
+    /// The model's name.
+    pub model: String,
+    /// What `--model` takes to choose that model: its name or its folder.
+    pub model_argument: String,
+    /// The check's name: `CATEGORY/WHAT`.
+    pub check: String,
+    /// The requirement in SPEC.md.
+    pub requirement: String,
+    /// The requirement in one line.
+    pub clause: String,
+    /// The category.
+    pub category: Category,
+    /// What came of it.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What a check left behind, whatever its end.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// Why, where the verdict needs a word: the panic message, the missing capability, the deadline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The assertions that did not hold: the first ones, see [`crate::case::MAX_FAILURES`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failures: Vec<Failure>,
+    /// How many assertions did not hold, kept or not.
+    #[serde(default)]
+    pub failed_assertions: u64,
+    /// How many assertions ran.
+    pub assertions: u64,
+    /// How many single values (logits, tokens, bytes) those assertions compared.
+    pub values: u64,
+    /// Numbers measured on the way, by the names of [`crate::measure`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub measurements: BTreeMap<String, f64>,
+    /// Remarks of the check.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+    /// The last output of a worker that died in this case.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_tail: Option<String>,
+    /// Wall time in seconds.
+    pub duration_s: f64,
+}
+
+impl Outcome {
+    /// An outcome with nothing asserted: the start for crashes, timeouts and unsupported cases.
+    pub fn bare(verdict: Verdict, reason: impl Into<String>) -> Self {
+        Self {
+            verdict,
+            reason: Some(reason.into()),
+            failures: Vec::new(),
+            failed_assertions: 0,
+            assertions: 0,
+            values: 0,
+            measurements: BTreeMap::new(),
+            notes: Vec::new(),
+            output_tail: None,
+            duration_s: 0.0,
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! The framework tested on itself: what becomes of checks that assert nothing, panic, hang, abort, exit or chatter; what
+//! the registry, the selection and the isolation promise.
+//!
+//! The backend is real (the example's oracle); the checks are made to misbehave. Workers are this executable.
+#![forbid(unsafe_code)]
+
+#[path = "../examples/oracle_backend/mod.rs"]
+mod oracle_backend;
+
+use bitnet_contracts::{BitNetInference, ForwardPassError, InferenceError, Result as EngineResult};
+use conformance::case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};
+use conformance::run::Runner;
+use conformance::suite::{Case, Selection, Suite, SuiteError};
+use conformance::{BackendFactory, Capabilities, CaseResult, ModelFixture, Registry, Semantics, Verdict};
+use libtest_mimic::{Arguments, Failed, Trial};
+use oracle_backend::OracleFactory;
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::Duration;
+
+/// A backend that cannot be built, beside the real one.
+struct Broken;
+
+impl BackendFactory for Broken {
+    fn name(&self) -> &str {
+        "broken"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(Semantics::Fp32).with_thread_safe()
+    }
+
+    fn create(&self, _: &ModelFixture) -> EngineResult<Box<dyn BitNetInference>> {
+        Err(InferenceError::ForwardPass(ForwardPassError::NumericalInstability { details: "always".to_string() }))
+    }
+}
+
+const fn check(name: &'static str, run: fn(&mut Context<'_>) -> CheckResult) -> Check {
+    Check::new("TST-1", name, Category::Errors, "a check of the framework's own tests", run)
+}
+
+fn hang(_: &mut Context<'_>) -> CheckResult {
+    println!("about to hang");
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+fn overflow_the_stack(depth: u64) -> u64 {
+    let block = std::hint::black_box([depth; 512]);
+    if depth == u64::MAX { 0 } else { overflow_the_stack(depth + 1) + block[7] }
+}
+
+fn write_files(ctx: &mut Context<'_>) -> CheckResult {
+    std::fs::write(ctx.scratch().join("scratch"), "x")?;
+    std::fs::write(std::env::temp_dir().join("temporary"), "x")?;
+    ctx.note(ctx.scratch().display().to_string());
+    ctx.note(std::env::temp_dir().display().to_string());
+    ctx.check(true, "", "");
+    Ok(())
+}
+
+fn checks() -> Vec<Check> {
+    let mut hanging = check("errors/hangs", hang);
+    hanging.deadline = Some(Duration::from_millis(400));
+    vec![
+        check("errors/passes", |ctx| {
+            ctx.check_slices("tokens", &[1, 2, 3], &[1, 2, 3]);
+            ctx.measure("answer", 42.0);
+            Ok(())
+        }),
+        check("errors/asserts_nothing", |_| Ok(())),
+        check("errors/fails_softly", |ctx| {
+            ctx.check_eq("sum", 1 + 1, 3);
+            ctx.check_close("logits", &[1.0, 2.5], &[1.0, 2.0], 1e-3);
+            ctx.check_bits("bits", &[0.0], &[-0.0]);
+            ctx.check_at_most("gap", f64::NAN, 1.0);
+            ctx.check(true, "holds", "holds");
+            Ok(())
+        }),
+        check("errors/fails_hard", |ctx| {
+            ctx.require(false, "a thing", "no thing")?;
+            ctx.check(false, "never", "reached");
+            Ok(())
+        }),
+        check("errors/fails_much", |ctx| {
+            for i in 0..100 {
+                ctx.check_eq("i", i, -1);
+            }
+            Ok(())
+        }),
+        check("errors/measures_nan", |ctx| {
+            ctx.check(true, "", "");
+            ctx.measure_min("correlation", 1.0);
+            ctx.measure_min("correlation", f64::NAN);
+            Ok(())
+        }),
+        check("errors/panics", |ctx| {
+            ctx.check(true, "", "");
+            panic!("the reason of the panic")
+        }),
+        check("errors/aborts", |_| {
+            eprintln!("last words");
+            std::process::abort()
+        }),
+        check("errors/exits_well", |_| std::process::exit(0)),
+        check("errors/overflows_the_stack", |ctx| {
+            let sum = overflow_the_stack(0);
+            ctx.check(sum > 0, "a sum", sum);
+            Ok(())
+        }),
+        hanging,
+        check("errors/chatters", |ctx| {
+            for _ in 0..2000 {
+                println!("{{\"serial\":0,\"outcome\":{{\"verdict\":\"fail\"}}}}");
+                eprint!("no end of line, ");
+            }
+            ctx.check(true, "", "");
+            Ok(())
+        }),
+        check("errors/gives_up", |_| Err(Stop::Inconclusive("too noisy".to_string()))),
+        check("errors/fails_then_gives_up", |ctx| {
+            ctx.check(false, "a", "b");
+            Err(Stop::Inconclusive("too noisy".to_string()))
+        }),
+        check("errors/makes_an_engine", |ctx| {
+            let engine = ctx.engine()?;
+            ctx.check_eq("vocabulary", engine.config().vocab_size, ctx.facts().vocab_size);
+            Ok(())
+        }),
+        check("errors/wants_threads", |ctx| {
+            ctx.thread_safe()?;
+            ctx.check(true, "", "");
+            Ok(())
+        }),
+        check("errors/needs_attention", |_| Ok(())).needs(|c| {
+            if c.attention_weights { Applicability::Run } else { Applicability::Unsupported("no attention weights") }
+        }),
+        check("errors/expects_errors", |ctx| {
+            let made: EngineResult<()> = Err(ForwardPassError::InvalidInput { reason: "r".to_string() }.into());
+            let is_input =
+                |e: &InferenceError| matches!(e, InferenceError::ForwardPass(ForwardPassError::InvalidInput { .. }));
+            ctx.expect_error("right", made, is_input, "InvalidInput");
+            ctx.expect_error("none", Ok(()), is_input, "InvalidInput");
+            let other = ForwardPassError::NumericalInstability { details: "d".to_string() };
+            ctx.expect_error("wrong", EngineResult::<()>::Err(other.into()), is_input, "InvalidInput");
+            Ok(())
+        }),
+        check("errors/writes_files", write_files),
+        check("errors/alone", write_files).exclusive(),
+        check("errors/on_every_model", |_| Ok(())).on(ModelSet::Every),
+        check("errors/on_one_model", |_| Ok(())).on(ModelSet::Only("c02-h256-gqa2-untied")),
+        check("errors/on_untied_models", |_| Ok(())).on(ModelSet::Where(|facts| !facts.tied)),
+        check("errors/on_golden_models", |_| Ok(())).on(ModelSet::Golden),
+    ]
+}
+
+type TestResult = Result<(), Failed>;
+
+fn suite() -> Suite {
+    // An error here is told by `main` before any test runs.
+    Suite::new(registry()).expect("the registry is sound").with_checks(checks())
+}
+
+fn registry() -> Registry {
+    Registry::new().with(OracleFactory).with(Broken)
+}
+
+fn select(filter: &str) -> Result<Vec<Case>, SuiteError> {
+    suite().select(&Selection { filter: Some(filter.to_string()), ..Selection::default() })
+}
+
+fn run_in(runner: &Runner, id: &str) -> Result<CaseResult, Failed> {
+    let cases = select(id)?;
+    let case = cases.iter().find(|case| case.id == id).ok_or_else(|| format!("no case {id}"))?;
+    Ok(runner.run(case))
+}
+
+fn run(name: &str) -> Result<CaseResult, Failed> {
+    run_in(&Runner::new()?, &format!("oracle/tiny/errors/{name}@TST-1"))
+}
+
+fn ensure(holds: bool, what: impl std::fmt::Debug) -> TestResult {
+    if holds { Ok(()) } else { Err(format!("not so: {what:?}").into()) }
+}
+
+fn verdict_is(name: &str, verdict: Verdict, reason_part: &str) -> TestResult {
+    let result = run(name)?;
+    let reason = result.outcome.reason.clone().unwrap_or_default();
+    ensure(result.outcome.verdict == verdict && reason.contains(reason_part), &result)
+}
+
+fn passing_counts_what_it_did() -> TestResult {
+    let outcome = run("passes")?.outcome;
+    ensure(outcome.verdict == Verdict::Pass && outcome.assertions == 1 && outcome.values == 3, &outcome)?;
+    ensure(outcome.measurements.get("answer") == Some(&42.0), &outcome)
+}
+
+fn failures_keep_what_was_expected_and_seen() -> TestResult {
+    let outcome = run("fails_softly")?.outcome;
+    ensure(outcome.verdict == Verdict::Fail && outcome.assertions == 5 && outcome.failed_assertions == 4, &outcome)?;
+    let texts: Vec<String> = outcome.failures.iter().map(|f| format!("{} | {}", f.expected, f.seen)).collect();
+    ensure(texts[0] == "sum = 3 | sum = 2", &texts)?;
+    ensure(texts[1].contains("[1] = 2.0") && texts[1].contains("off by 5e-1"), &texts)?;
+    ensure(texts[2].contains("0x80000000") && texts[2].contains("0x00000000"), &texts)?;
+    ensure(outcome.failures.iter().all(|f| f.at.contains("framework.rs:")), &outcome)?;
+    let outcome = run("fails_hard")?.outcome;
+    ensure(outcome.verdict == Verdict::Fail && outcome.assertions == 1, &outcome)?;
+    let outcome = run("fails_much")?.outcome;
+    ensure(outcome.failures.len() < 100 && outcome.failed_assertions == 100, &outcome)
+}
+
+fn a_measurement_that_is_no_number_fails() -> TestResult {
+    let outcome = run("measures_nan")?.outcome;
+    ensure(outcome.verdict == Verdict::Fail && outcome.measurements["correlation"] == 1.0, &outcome)
+}
+
+fn errors_are_told_apart() -> TestResult {
+    let outcome = run("expects_errors")?.outcome;
+    let seen: Vec<&str> = outcome.failures.iter().map(|f| f.seen.as_str()).collect();
+    ensure(outcome.assertions == 3 && seen.len() == 2, &outcome)?;
+    ensure(seen[0] == "none succeeded" && seen[1].contains("NumericalInstability"), &seen)
+}
+
+fn a_panic_is_that_cases_crash_and_the_worker_goes_on() -> TestResult {
+    let runner = Runner::new()?;
+    let outcome = run_in(&runner, "oracle/tiny/errors/panics@TST-1")?.outcome;
+    let reason = outcome.reason.clone().unwrap_or_default();
+    ensure(outcome.verdict == Verdict::Crash && outcome.assertions == 1, &outcome)?;
+    ensure(reason.contains("the reason of the panic") && reason.contains("framework.rs:"), &reason)?;
+    let next = run_in(&runner, "oracle/tiny/errors/passes@TST-1")?.outcome;
+    ensure(next.verdict == Verdict::Pass, &next)
+}
+
+fn an_abort_is_that_cases_crash_and_the_run_goes_on() -> TestResult {
+    let runner = Runner::new()?;
+    let outcome = run_in(&runner, "oracle/tiny/errors/aborts@TST-1")?.outcome;
+    let reason = outcome.reason.clone().unwrap_or_default();
+    ensure(outcome.verdict == Verdict::Crash && reason.contains("SIGABRT"), &outcome)?;
+    ensure(outcome.output_tail.as_deref().is_some_and(|tail| tail.contains("last words")), &outcome)?;
+    let outcome = run_in(&runner, "oracle/tiny/errors/exits_well@TST-1")?.outcome;
+    let reason = outcome.reason.clone().unwrap_or_default();
+    ensure(outcome.verdict == Verdict::Crash && reason.contains("exited with code 0"), &outcome)?;
+    let outcome = run_in(&runner, "oracle/tiny/errors/overflows_the_stack@TST-1")?.outcome;
+    ensure(outcome.verdict == Verdict::Crash, &outcome)?;
+    let next = run_in(&runner, "oracle/tiny/errors/passes@TST-1")?.outcome;
+    ensure(next.verdict == Verdict::Pass, &next)
+}
+
+fn a_hang_is_that_cases_timeout_and_the_run_goes_on() -> TestResult {
+    let runner = Runner::new()?;
+    let outcome = run_in(&runner, "oracle/tiny/errors/hangs@TST-1")?.outcome;
+    ensure(outcome.verdict == Verdict::Timeout && outcome.duration_s >= 0.4, &outcome)?;
+    ensure(outcome.output_tail.as_deref().is_some_and(|tail| tail.contains("about to hang")), &outcome)?;
+    let next = run_in(&runner, "oracle/tiny/errors/passes@TST-1")?.outcome;
+    ensure(next.verdict == Verdict::Pass, &next)
+}
+
+fn garbage_on_the_outputs_is_not_an_answer() -> TestResult {
+    let outcome = run("chatters")?.outcome;
+    ensure(outcome.verdict == Verdict::Pass && outcome.output_tail.is_none(), &outcome)
+}
+
+fn a_backend_error_where_none_is_due_fails() -> TestResult {
+    let runner = Runner::new()?;
+    let outcome = run_in(&runner, "broken/tiny/errors/makes_an_engine@TST-1")?.outcome;
+    let reason = outcome.reason.clone().unwrap_or_default();
+    ensure(outcome.verdict == Verdict::Fail && reason.contains("always"), &outcome)?;
+    let outcome = run_in(&runner, "oracle/tiny/errors/makes_an_engine@TST-1")?.outcome;
+    ensure(outcome.verdict == Verdict::Pass, &outcome)
+}
+
+fn a_claim_without_its_engine_fails_and_no_claim_is_unsupported() -> TestResult {
+    let runner = Runner::new()?;
+    let claimed = run_in(&runner, "broken/tiny/errors/wants_threads@TST-1")?.outcome;
+    ensure(claimed.verdict == Verdict::Fail, &claimed)?;
+    let unclaimed = run_in(&runner, "oracle/tiny/errors/wants_threads@TST-1")?.outcome;
+    ensure(unclaimed.verdict == Verdict::Unsupported, &unclaimed)
+}
+
+fn nothing_is_left_behind() -> TestResult {
+    let runner = Runner::new()?;
+    let root = runner.root().to_path_buf();
+    for name in ["writes_files", "alone", "aborts"] {
+        let outcome = run_in(&runner, &format!("oracle/tiny/errors/{name}@TST-1"))?.outcome;
+        for folder in &outcome.notes {
+            ensure(std::path::Path::new(folder).starts_with(&root), &outcome)?;
+        }
+        ensure(name == "aborts" || outcome.notes.len() == 2, &outcome)?;
+    }
+    ensure(std::fs::read_dir(root.join("scratch"))?.next().is_none(), "scratch folders are removed")?;
+    ensure(root.join("models/tiny/config.json").is_file(), "models are written once")?;
+    drop(runner);
+    ensure(!root.exists(), &root)
+}
+
+fn many_at_once_give_results_in_order() -> TestResult {
+    let names = ["passes", "panics", "alone", "aborts", "asserts_nothing", "writes_files", "chatters", "passes"];
+    let cases: Vec<Case> = names
+        .iter()
+        .map(|name| Ok(select(&format!("oracle/tiny/errors/{name}@TST-1"))?.remove(0)))
+        .collect::<Result<_, Failed>>()?;
+    let told = Mutex::new(Vec::new());
+    let results = Runner::new()?.run_all(&cases, 4, &|result| {
+        if let Ok(mut told) = told.lock() {
+            told.push(result.id.clone());
+        }
+    });
+    let verdicts: Vec<Verdict> = results.iter().map(|r| r.outcome.verdict).collect();
+    use Verdict::{Crash, Inconclusive, Pass};
+    ensure(verdicts == [Pass, Crash, Pass, Crash, Inconclusive, Pass, Pass, Pass], &verdicts)?;
+    let told = told.into_inner()?;
+    ensure(told.len() == 8 && told[7].contains("/alone@"), &told)
+}
+
+fn selections_that_mean_nothing_are_errors() -> TestResult {
+    let suite = suite();
+    let of = |backends: &[&str], models: &[&str], filter: Option<&str>| {
+        let owned = |names: &[&str]| names.iter().map(|n| (*n).to_string()).collect();
+        let selection =
+            Selection { backends: owned(backends), models: owned(models), filter: filter.map(str::to_string) };
+        suite.select(&selection).map(|cases| cases.len()).map_err(|e| e.to_string())
+    };
+    let unknown = of(&["gpu"], &[], None);
+    ensure(unknown == Err("no backend \"gpu\"; registered: oracle, broken".to_string()), &unknown)?;
+    ensure(of(&[], &["huge"], None).is_err_and(|e| e.contains("tiny")), "unknown model")?;
+    ensure(of(&[], &[], Some("no such case")).is_err(), "nothing selected")?;
+    ensure(of(&[], &[], Some("[*")).is_err(), "bad pattern")?;
+    let one = of(&["oracle"], &["tiny"], Some("oracle/tiny/errors/passes@TST-1"));
+    ensure(one == Ok(1), &one)?;
+    let pattern = of(&[], &[], Some("*/tiny/*/passes@*"));
+    ensure(pattern == Ok(2), &pattern)
+}
+
+fn models_are_taken_as_the_checks_say() -> TestResult {
+    let models_of = |name: &str, models: &[&str]| -> Result<Vec<String>, Failed> {
+        let selection = Selection {
+            backends: vec!["oracle".to_string()],
+            models: models.iter().map(|m| (*m).to_string()).collect(),
+            filter: Some(format!("/{name}@")),
+        };
+        match suite().select(&selection) {
+            Ok(cases) => Ok(cases.iter().map(|c| c.model.name().to_string()).collect()),
+            Err(SuiteError::Nothing) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    };
+    let built_in = suite().models().len();
+    ensure(models_of("passes", &[])? == ["tiny"], "any means tiny")?;
+    ensure(models_of("passes", &["context-32", "tiny"])? == ["context-32", "tiny"], "any means the chosen ones")?;
+    ensure(models_of("on_every_model", &[])?.len() == built_in, "every means all")?;
+    ensure(models_of("on_one_model", &[])? == ["c02-h256-gqa2-untied"], "only means one")?;
+    ensure(models_of("on_one_model", &["tiny"])?.is_empty(), "only means no other")?;
+    let untied = models_of("on_untied_models", &[])?;
+    ensure(untied.contains(&"c02-h256-gqa2-untied".to_string()) && !untied.contains(&"tiny".to_string()), &untied)?;
+    let golden = models_of("on_golden_models", &[])?;
+    ensure(golden.len() == golden::cases().len() && golden.contains(&"tiny".to_string()), &golden)
+}
+
+fn a_folder_of_the_users_own_is_a_model() -> TestResult {
+    let folder = fixtures::preset("context-32", 7)?.folder()?;
+    let selection = Selection {
+        backends: vec!["oracle".to_string()],
+        models: vec![folder.path().display().to_string()],
+        filter: Some("makes_an_engine".to_string()),
+    };
+    let cases = suite().select(&selection)?;
+    ensure(cases.len() == 1 && cases[0].id == "oracle/context-32/errors/makes_an_engine@TST-1", &cases[0].id)?;
+    let result = Runner::new()?.run(&cases[0]);
+    ensure(result.outcome.verdict == Verdict::Pass, &result)?;
+    let command = conformance::report::terminal::reproduce(&result, "conformance");
+    ensure(command.contains(&format!("--model {}", folder.path().display())), &command)
+}
+
+fn repeated_ids_are_an_error() -> TestResult {
+    let twice = suite().with_checks(checks().into_iter().chain(checks()).collect());
+    ensure(matches!(twice.select(&Selection::default()), Err(SuiteError::DuplicateId { .. })), "duplicate id")
+}
+
+fn registries_that_mean_nothing_are_errors() -> TestResult {
+    let error = |registry: Registry| registry.validate().map_err(|e| e.to_string());
+    ensure(error(registry()).is_ok(), "two backends")?;
+    ensure(error(Registry::new()).is_err(), "no backend")?;
+    ensure(error(registry().with(OracleFactory)).is_err_and(|e| e.contains("oracle")), "one name twice")?;
+    ensure(Suite::new(registry().with(Broken)).is_err(), "a suite on a faulty registry")
+}
+
+/// Runs this executable as cargo or a shell would run a test target of the suite.
+fn target(backends: &str, args: &[&str]) -> Result<(bool, String), Failed> {
+    let output = std::process::Command::new(std::env::current_exe()?)
+        .env("FRAMEWORK_AS_TARGET", "1")
+        .env("CONFORMANCE_BACKENDS", backends)
+        .env_remove("NEXTEST")
+        .args(args)
+        .output()?;
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    Ok((output.status.success(), text))
+}
+
+fn a_test_target_lists_filters_and_judges() -> TestResult {
+    let (good, text) = target("oracle", &["--list", "--format", "terse"])?;
+    ensure(good && text.contains("oracle/tiny/errors/passes@TST-1: test\n") && !text.contains("broken/"), &text)?;
+    let (good, text) = target("", &["--exact", "oracle/tiny/errors/passes@TST-1", "--nocapture"])?;
+    ensure(good && text.contains("1 passed"), &text)?;
+    let (good, text) = target("", &["needs_attention"])?;
+    ensure(good && text.contains("no attention weights") && text.contains("2 ignored"), &text)?;
+    let (good, text) = target("oracle", &["asserts_nothing"])?;
+    ensure(!good && text.contains("INCONCLUSIVE") && text.contains("--exact"), &text)?;
+    let (good, text) = target("gpu", &["--list"])?;
+    ensure(!good && text.contains("registered: oracle, broken"), &text)
+}
+
+fn main() -> ExitCode {
+    let suite = suite();
+    if let Some(code) = conformance::worker::serve_if_asked(suite.registry(), suite.checks()) {
+        return code;
+    }
+    if std::env::var_os("FRAMEWORK_AS_TARGET").is_some() {
+        return conformance::harness::run(&suite);
+    }
+    let trials = vec![
+        Trial::test("zero_assertions_are_inconclusive", || {
+            verdict_is("asserts_nothing", Verdict::Inconclusive, "no assertion")
+        }),
+        Trial::test("a_check_may_give_up", || verdict_is("gives_up", Verdict::Inconclusive, "too noisy")),
+        Trial::test("giving_up_does_not_hide_a_failure", || verdict_is("fails_then_gives_up", Verdict::Fail, "")),
+        Trial::test("a_missing_capability_is_unsupported", || {
+            verdict_is("needs_attention", Verdict::Unsupported, "no attention weights")
+        }),
+        Trial::test("passing_counts_what_it_did", passing_counts_what_it_did),
+        Trial::test("failures_keep_what_was_expected_and_seen", failures_keep_what_was_expected_and_seen),
+        Trial::test("a_measurement_that_is_no_number_fails", a_measurement_that_is_no_number_fails),
+        Trial::test("errors_are_told_apart", errors_are_told_apart),
+        Trial::test("a_panic_is_that_cases_crash", a_panic_is_that_cases_crash_and_the_worker_goes_on),
+        Trial::test("an_abort_is_that_cases_crash", an_abort_is_that_cases_crash_and_the_run_goes_on),
+        Trial::test("a_hang_is_that_cases_timeout", a_hang_is_that_cases_timeout_and_the_run_goes_on),
+        Trial::test("garbage_on_the_outputs_is_not_an_answer", garbage_on_the_outputs_is_not_an_answer),
+        Trial::test("a_backend_error_where_none_is_due_fails", a_backend_error_where_none_is_due_fails),
+        Trial::test("claims_are_held_to", a_claim_without_its_engine_fails_and_no_claim_is_unsupported),
+        Trial::test("nothing_is_left_behind", nothing_is_left_behind),
+        Trial::test("many_at_once_give_results_in_order", many_at_once_give_results_in_order),
+        Trial::test("selections_that_mean_nothing_are_errors", selections_that_mean_nothing_are_errors),
+        Trial::test("models_are_taken_as_the_checks_say", models_are_taken_as_the_checks_say),
+        Trial::test("a_folder_of_the_users_own_is_a_model", a_folder_of_the_users_own_is_a_model),
+        Trial::test("repeated_ids_are_an_error", repeated_ids_are_an_error),
+        Trial::test("registries_that_mean_nothing_are_errors", registries_that_mean_nothing_are_errors),
+        Trial::test("a_test_target_lists_filters_and_judges", a_test_target_lists_filters_and_judges),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}

@@ -1,0 +1,16 @@
+//! The transformer. [`Transformer`] is the packed weights, shared by every caller; [`Run`] is what one caller works with.
+//!
+//! A token's way through: embedding row → per layer (see `layer.rs`) → final norm → head → logits.
+
+mod cache;
+mod layer;
+mod rope;
+mod run;
+mod transformer;
+
+pub(crate) use cache::CpuCache;
+pub(crate) use run::{AttentionWeights, Observed, Row, Run, Times};
+pub(crate) use transformer::Transformer;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,39 @@
+//! The output head: hidden states against every row of a float matrix.
+
+use super::columns::Columns;
+use super::{Kernels, Threads};
+use crate::model::FloatMatrix;
+
+/// Head rows in one piece of work: 64 bf16 rows of the 2B model are 320 KiB.
+const PIECE: usize = 64;
+/// Multiply-accumulates below which threads are not worth their start.
+const WORTH_MACS: usize = 1 << 18;
+
+/// `out[t][v] = hidden[t] . head[v]` in f32; `hidden` is `[tokens, columns]`, `out` `[tokens, rows]`.
+///
+/// Each value is one dot product in one fixed order: neither threads nor the number of tokens show in it.
+///
+/// # Panics
+/// When the shapes do not fit (a bug of the caller).
+pub(crate) fn head_matmul(kernels: &Kernels, threads: &Threads, head: &FloatMatrix, hidden: &[f32], out: &mut [f32]) {
+    let (rows, columns) = (head.rows(), head.columns());
+    let tokens = hidden.len() / columns;
+    assert!(hidden.len() == tokens * columns && out.len() == tokens * rows, "head shapes");
+    if tokens == 0 {
+        return;
+    }
+    let out = Columns::new(out, rows);
+    threads.for_each(rows.div_ceil(PIECE), tokens * rows * columns >= WORTH_MACS, |piece| {
+        let first = piece * PIECE;
+        let count = PIECE.min(rows - first);
+        let mut products = vec![0f32; count * tokens];
+        kernels.head(head.view(first, count), hidden, tokens, &mut products);
+        for t in 0..tokens {
+            // SAFETY: the pieces are distinct ranges of columns, and the output is borrowed for this call.
+            let out = unsafe { out.slice(t, first, count) };
+            for (o, product) in out.iter_mut().zip(products.chunks_exact(tokens)) {
+                *o = product[t];
+            }
+        }
+    });
+}

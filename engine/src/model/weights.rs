@@ -1,0 +1,129 @@
+//! Weights in storage form: float matrices as the file has them, ternary matrices row by row.
+
+use bitnet_contracts::Result;
+use half::bf16;
+
+use crate::ternary::HfPacked;
+
+/// A `[rows, columns]` matrix in the precision of the file (f16 is widened to f32).
+#[derive(Debug)]
+pub struct FloatMatrix {
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) values: FloatValues,
+}
+
+#[derive(Debug)]
+pub(super) enum FloatValues {
+    Bf16(Vec<u16>),
+    F32(Vec<f32>),
+}
+
+/// Some rows of a [`FloatMatrix`].
+#[derive(Debug, Clone, Copy)]
+pub enum FloatRows<'a> {
+    /// bfloat16 bit patterns.
+    Bf16 {
+        /// Row-major values.
+        values: &'a [u16],
+        /// Columns of a row.
+        columns: usize,
+    },
+    /// f32.
+    F32 {
+        /// Row-major values.
+        values: &'a [f32],
+        /// Columns of a row.
+        columns: usize,
+    },
+}
+
+impl FloatMatrix {
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes held.
+    pub fn memory_bytes(&self) -> usize {
+        match &self.values {
+            FloatValues::Bf16(v) => v.capacity() * 2,
+            FloatValues::F32(v) => v.capacity() * 4,
+        }
+    }
+
+    /// Rows `first .. first + count`.
+    pub(crate) fn view(&self, first: usize, count: usize) -> FloatRows<'_> {
+        let columns = self.columns;
+        let range = first * columns..(first + count) * columns;
+        match &self.values {
+            FloatValues::Bf16(v) => FloatRows::Bf16 { values: &v[range], columns },
+            FloatValues::F32(v) => FloatRows::F32 { values: &v[range], columns },
+        }
+    }
+
+    /// Copies row `row` into `out`, widened to f32 (exact).
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        match self.view(row, 1) {
+            FloatRows::Bf16 { values, .. } => out.iter_mut().zip(values).for_each(|(o, &v)| *o = bf16::from_bits(v).to_f32()),
+            FloatRows::F32 { values, .. } => out.copy_from_slice(values),
+        }
+    }
+}
+
+/// A ternary matrix in a checkpoint: `[rows, columns]` trits and the number that a trit of 1 stands for.
+#[derive(Debug)]
+pub struct TernaryTensor<'a> {
+    pub(super) name: String,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) scale: f32,
+    pub(super) source: TernarySource<'a>,
+}
+
+#[derive(Debug)]
+pub(super) enum TernarySource<'a> {
+    Packed(HfPacked<'a>),
+    /// Master weights, ternarised by absmean as `transformers` `WeightQuant` does: `clamp(round(w * inverse), -1, 1)`.
+    Master { values: FloatMatrix, inverse: f32 },
+}
+
+impl TernaryTensor<'_> {
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The dense value of trit 1, whatever the file's scale means.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// Writes the trits (-1, 0, 1) of row `row` into `out`, which has `columns` elements.
+    ///
+    /// # Errors
+    /// `QuantizationError::InvalidCode` for a code that is no trit.
+    pub fn row(&self, row: usize, out: &mut [i8]) -> Result<()> {
+        match &self.source {
+            TernarySource::Packed(packed) => packed.row(&self.name, row, out),
+            TernarySource::Master { values, inverse } => {
+                let mut floats = vec![0f32; self.columns];
+                values.row(row, &mut floats);
+                for (o, w) in out.iter_mut().zip(floats) {
+                    *o = (w * inverse).round_ties_even().clamp(-1.0, 1.0) as i8;
+                }
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! The CPU engine beyond what the conformance suite asks: bit-identity over instruction sets and threads, loading, memory.
+
+use bitnet_contracts::*;
+use bitnet_engine::kernels::Isa;
+use bitnet_engine::model::{Checkpoint, ModelSource};
+use bitnet_engine::{CpuEngine, EngineOptions};
+
+fn ids(tokens: &[u32], batch: usize) -> Tensor {
+    Tensor::from_slice(tokens, (batch, tokens.len() / batch), &Device::Cpu).unwrap()
+}
+
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+fn prompt(len: usize, vocabulary: usize) -> Vec<u32> {
+    (0..len).map(|i| ((i * 7919 + 5) % vocabulary) as u32).collect()
+}
+
+/// 150 positions: two internal chunks of rows, three cache pages.
+#[test]
+fn logits_are_the_same_bits_on_every_path() {
+    let tokens = prompt(150, 4096);
+    let reference = {
+        let options = EngineOptions::default().with_isa(Isa::Portable).with_threads(1);
+        let mut engine = CpuEngine::embedded(&options).unwrap();
+        bits(&engine.forward(&ids(&tokens, 1), None).unwrap().logits)
+    };
+    for isa in Isa::available() {
+        for threads in [1, 2, 3] {
+            let mut engine = CpuEngine::embedded(&EngineOptions::default().with_isa(isa).with_threads(threads)).unwrap();
+            let whole = engine.forward(&ids(&tokens, 1), None).unwrap();
+            assert!(bits(&whole.logits) == reference, "{isa}, {threads} threads");
+            let mut cache = KVCache::new(150);
+            let mut chunked = Vec::new();
+            for chunk in [&tokens[..1], &tokens[1..64], &tokens[64..129], &tokens[129..150]] {
+                chunked.extend(bits(&engine.forward(&ids(chunk, 1), Some(&mut cache)).unwrap().logits));
+            }
+            assert!(chunked == reference, "{isa}, {threads} threads, in chunks");
+        }
+    }
+}
+
+#[test]
+fn every_preset_and_storage_runs_and_agrees_over_instruction_sets() {
+    for preset in fixtures::presets() {
+        let folder = fixtures::preset(preset.name, 1).unwrap().folder().unwrap();
+        let mut seen: Option<Vec<u32>> = None;
+        for isa in Isa::available() {
+            let mut engine = CpuEngine::load(folder.path(), &EngineOptions::default().with_isa(isa)).unwrap();
+            let tokens = prompt(20, engine.config().vocab_size);
+            let output = engine.forward(&ids(&tokens, 2), None).unwrap();
+            output.validate(2, 10, engine.config().vocab_size).unwrap();
+            let bits = bits(&output.logits);
+            assert!(seen.get_or_insert(bits.clone()) == &bits, "{} on {isa}", preset.name);
+        }
+    }
+}
+
+#[test]
+fn reported_weights_are_what_is_held() {
+    let engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
+    let usage = engine.memory_usage();
+    // 28 ternary matrices at 2 bits (all dimensions are multiples of 16), the bf16 embedding, f32 norms.
+    let exact = 3_145_728 / 4 + 1_048_576 * 2 + 6_400 * 4;
+    assert_eq!(usage.model_weights, exact);
+    assert!(usage.model_weights <= engine.config().quantized_model_size() + 1_048_576 * 2);
+}
+
+#[test]
+fn a_failed_call_leaves_the_cache_as_it_was() {
+    let mut engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
+    let mut cache = KVCache::new(10);
+    engine.forward(&ids(&[1, 2, 3, 4, 5, 6, 7, 8], 1), Some(&mut cache)).unwrap();
+    let before = cache.memory_bytes();
+    let error = engine.forward(&ids(&[1, 2, 3], 1), Some(&mut cache)).unwrap_err();
+    assert!(matches!(error, InferenceError::ForwardPass(ForwardPassError::KVCacheError { .. })));
+    assert!(engine.forward(&ids(&[5000], 1), Some(&mut cache)).is_err());
+    assert!(engine.forward(&ids(&[1, 2], 2), Some(&mut cache)).is_err());
+    assert_eq!((cache.len(), cache.memory_bytes()), (8, before));
+    let after = bits(&engine.forward(&ids(&[9, 10], 1), Some(&mut cache)).unwrap().logits);
+    let whole = bits(&engine.forward(&ids(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 1), None).unwrap().logits);
+    assert!(whole.ends_with(&after));
+}
+
+#[test]
+fn attention_weights_are_probabilities_of_the_past() {
+    let mut engine = CpuEngine::embedded(&EngineOptions::default().with_attentions().with_hidden_states()).unwrap();
+    let mut cache = KVCache::new(16);
+    engine.forward(&ids(&[1, 2, 3, 7, 8, 9], 2), Some(&mut cache)).unwrap();
+    let output = engine.forward(&ids(&[4, 5, 6, 7], 2), Some(&mut cache)).unwrap();
+    assert_eq!(output.hidden_states.unwrap().dims(), [2, 2, 256]);
+    let attention = output.attention_weights.unwrap();
+    assert_eq!(attention.len(), 4);
+    for layer in attention {
+        assert_eq!(layer.dims(), [2, 4, 2, 5]);
+        for row in layer.reshape((16, 5)).unwrap().to_vec2::<f32>().unwrap().chunks(2) {
+            assert!(row.iter().all(|r| (r.iter().sum::<f32>() - 1.0).abs() < 1e-5));
+            assert!(row[0][4] == 0.0 && row[0][3] > 0.0 && row[1][4] > 0.0);
+        }
+    }
+}
+
+#[test]
+fn the_tokenizer_round_trips_and_text_matches_tokens() {
+    let mut engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
+    let prompt = engine.tokenizer().unwrap().encode("Once upon a time").unwrap();
+    assert_eq!(prompt[0], 4094, "a begin-of-text token comes first");
+    let mut seen = Vec::new();
+    let config = GenerationConfig { seed: Some(7), ..GenerationConfig::default() };
+    let result = engine.generate_streaming(&prompt, 20, &config, &mut |t| seen.push(t)).unwrap();
+    assert_eq!(seen, result.generated_tokens);
+    assert_eq!(engine.tokenizer().unwrap().decode(&seen).unwrap(), result.generated_text);
+    assert!(!result.generated_text.is_empty());
+}
+
+#[test]
+fn a_stop_text_ends_the_text_and_is_not_in_it() {
+    let mut engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
+    let prompt = engine.tokenizer().unwrap().encode("Once upon a time").unwrap();
+    let free = engine.generate(&prompt, 40, &GenerationConfig::greedy()).unwrap();
+    // Two characters from the middle of the text, across a token border more often than not.
+    let middle = free.generated_text.len() / 2;
+    let stop = free.generated_text[middle - 1..middle + 2].to_string();
+    let at = free.generated_text.find(&stop).unwrap();
+    let config = GenerationConfig { stop_sequences: vec![stop.clone()], ..GenerationConfig::greedy() };
+    let stopped = engine.generate(&prompt, 40, &config).unwrap();
+    assert_eq!(stopped.finish_reason, FinishReason::StopSequence);
+    assert!(!stopped.generated_text.contains(&stop));
+    assert!(free.generated_text[..at].starts_with(&stopped.generated_text));
+    assert!(free.generated_tokens.starts_with(&stopped.generated_tokens));
+}
+
+#[test]
+fn broken_folders_are_typed_errors() {
+    let folder = fixtures::tiny().folder().unwrap();
+    let weights = folder.path().join("model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    let load = || CpuEngine::load(folder.path(), &EngineOptions::default()).map(|_| ()).unwrap_err();
+    for cut in [0, 7, 8, 100, whole.len() / 2, whole.len() - 1] {
+        std::fs::write(&weights, &whole[..cut]).unwrap();
+        assert!(matches!(load(), InferenceError::Model(_)), "cut to {cut} bytes");
+    }
+    std::fs::remove_file(&weights).unwrap();
+    assert!(matches!(load(), InferenceError::Model(ModelError::FileNotFound { path }) if path.ends_with("model.safetensors")));
+    assert!(Checkpoint::open(&ModelSource::Folder("no such folder".into())).is_err());
+}
+
+#[test]
+fn too_many_threads_and_unknown_instruction_sets_are_refused() {
+    assert!(CpuEngine::embedded(&EngineOptions::default().with_threads(0)).is_err());
+    for isa in Isa::ALL {
+        let result = CpuEngine::embedded(&EngineOptions::default().with_isa(isa));
+        assert_eq!(result.is_ok(), isa.is_available());
+    }
+}
