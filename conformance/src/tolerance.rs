@@ -40,10 +40,11 @@ pub const A8_SHARE: f64 = 0.7;
 /// The cases over which [`A8_SHARE`] is taken.
 pub const A8_SHARE_MODELS: [&str; 3] = ["c02-h256-gqa2-untied", "c05-h512-gqa4-tied", "c07-h256-bitlinear"];
 
-/// `w1.58a8`, float32 arithmetic: Pearson correlation of the worst row with the w1.58a8 golden, on the cases that
-/// transformers made.
+/// `w1.58a8`, float32 arithmetic: Pearson correlation of the worst row with the w1.58a8 golden.
 ///
-/// Oracle: honest 0.9981. Measured: 0.9989; truncated rounding 0.9921 to 0.9933, batch-wide scale 0.9929 to 0.9958.
+/// Oracle: honest 0.9981. Measured: with noise 0.9989 on the large synthetic cases and 0.9998 on the trained model; the
+/// two derivations of the golden agree to 0.9998 in every row of all eighteen cases. Truncated rounding 0.9921 to
+/// 0.9933, batch-wide scale 0.9929 to 0.9958.
 pub const A8_ROW_CORRELATION: f64 = 0.997;
 
 /// `w1.58a8`, coarse noise: Pearson correlation of the worst row with the w1.58a8 golden.
@@ -112,6 +113,10 @@ pub const LEAK_PER_CALL: f64 = 2048.0;
 
 /// The same for making and dropping an engine, as a share of the bytes of its weights: what a leaked model holds is 1.
 pub const LEAK_PER_ENGINE: f64 = 0.25;
+
+/// What a process may grow by over a long session besides its cache, in bytes: activations, logits and the allocator's
+/// own pages. A cache of the trained model that is not owned up to is 2 MiB in f32.
+pub const SESSION_SLACK: f64 = 1_500_000.0;
 
 /// How much more than its capacity times 2 x layers x kv heads x head_dim values of eight bytes a cache may hold: room
 /// taken ahead of need by a vector that doubles.

@@ -125,6 +125,10 @@ pub struct Gap {
     pub fp32_max_abs: f64,
     /// Positions whose int8 codes, and those of all earlier positions of the sequence, are the same in both derivations.
     pub w158a8_flip_free_rows: usize,
+    /// How many of those positions have every logit within 1e-5.
+    pub w158a8_flip_free_within_1e5: usize,
+    /// How many of those positions are beyond [`crate::flip_free_tolerance`]: none, or `golden verify` fails.
+    pub w158a8_flip_free_beyond: usize,
     /// Largest difference of any logit in those positions.
     pub w158a8_flip_free_max_abs: f64,
     /// Largest difference of any logit at any position.
@@ -146,6 +150,8 @@ impl Gap {
             rows: 0,
             fp32_max_abs: 0.0,
             w158a8_flip_free_rows: 0,
+            w158a8_flip_free_within_1e5: 0,
+            w158a8_flip_free_beyond: 0,
             w158a8_flip_free_max_abs: 0.0,
             w158a8_max_abs: 0.0,
             w158a8_worst_pearson: 1.0,
@@ -165,6 +171,10 @@ impl Gap {
                 gap.w158a8_worst_pearson = -worse(-gap.w158a8_worst_pearson, -metrics::pearson(a, e));
                 if flip_free {
                     gap.w158a8_flip_free_rows += 1;
+                    gap.w158a8_flip_free_within_1e5 += usize::from(difference <= 1e-5);
+                    // A NaN is beyond every tolerance.
+                    let within = difference <= crate::flip_free_tolerance(e);
+                    gap.w158a8_flip_free_beyond += usize::from(!within);
                     gap.w158a8_flip_free_max_abs = worse(gap.w158a8_flip_free_max_abs, difference);
                 }
             }

@@ -27,4 +27,4 @@ pub use error::GoldenError;
 pub use file::Derivation;
 pub use oracle::Semantics;
 pub use regenerate::{Progress, regenerate};
-pub use verify::{FLIP_FREE_TOLERANCE, FP32_TOLERANCE, Verdict, verify_case};
+pub use verify::{FP32_TOLERANCE, Verdict, flip_free_tolerance, verify_case};

@@ -1,5 +1,7 @@
 //! `data/MANIFEST.json`: what the golden data is, where it came from, and how far its two derivations are apart.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -27,8 +29,8 @@ pub struct CaseRecord {
     pub case: String,
     /// The model.
     pub model: ModelRecord,
-    /// Each prompt's name, number of sequences and positions.
-    pub prompts: Vec<(String, usize, usize)>,
+    /// Each prompt's shape by its name: sequences x positions.
+    pub prompts: BTreeMap<String, String>,
     /// Name of the prompt whose activations are kept.
     pub trace: String,
     /// The two files.
@@ -105,7 +107,7 @@ pub(crate) fn record(case: &CaseSpec, new_tokens: usize, files: [&[u8]; 2]) -> R
     Ok(CaseRecord {
         case: case.case.clone(),
         model,
-        prompts: case.prompts.iter().map(|p| (p.name.clone(), p.batch(), p.seq())).collect(),
+        prompts: case.prompts.iter().map(|p| (p.name.clone(), format!("{}x{}", p.batch(), p.seq()))).collect(),
         trace: case.trace.clone(),
         derivations: derivations.collect::<Result<_, GoldenError>>()?,
         gap: Gap::measure(&golden),

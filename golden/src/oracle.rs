@@ -367,3 +367,44 @@ fn dot_trits(trits: &[i8], x: &[f64]) -> f64 {
 fn dot_codes(trits: &[i8], codes: &[i32]) -> i32 {
     trits.iter().zip(codes).map(|(&t, &q)| i32::from(t) * q).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_round_half_to_even_and_clamp() {
+        // a = 127, so k is 1 after two roundings or one off it; with a = 1 it is exactly 127.
+        let (codes, k) = quantise(&[1.0, 0.5 / 127.0, 1.5 / 127.0, -2.5 / 127.0, 0.0]);
+        assert_eq!(k, 127.0);
+        assert_eq!(codes, [127, 0, 2, -2, 0]);
+        // The floor of 1e-5 keeps the scale finite for a row of zeros.
+        let (codes, k) = quantise(&[0.0, 0.0]);
+        assert_eq!((codes, k as f32), (vec![0, 0], (1.0f32 / 1e-5) * 127.0));
+    }
+
+    #[test]
+    fn the_factor_takes_two_roundings() {
+        // A magnitude for which 127/a and (1/a)*127 are different floats.
+        let a =
+            (1..1000).map(|i| i as f32 / 100.0).find(|a| 127.0 / a != (1.0 / a) * 127.0).expect("a quarter of them");
+        assert_eq!(quantise(&[f64::from(a)]).1, f64::from((1.0 / a) * 127.0));
+    }
+
+    #[test]
+    fn the_hash_is_the_polynomial_that_the_python_script_computes() {
+        let p = 0x100_0000_01b3_u64;
+        let by_hand = (1u64 + 129).wrapping_add(p.wrapping_mul(2)).wrapping_add(p.wrapping_mul(p).wrapping_mul(256));
+        assert_eq!(code_hash(&[1, -127, 127]), by_hand);
+        assert_ne!(code_hash(&[1, 2]), code_hash(&[2, 1]));
+    }
+
+    #[test]
+    fn sums_of_any_length_are_whole() {
+        for n in 0..40 {
+            let a: Vec<f64> = (0..n).map(f64::from).collect();
+            let squares: f64 = (0..n).map(|i| f64::from(i * i)).sum();
+            assert_eq!(dot(&a, &a), squares, "length {n}");
+        }
+    }
+}

@@ -44,10 +44,14 @@ pub fn regenerate(
             continue;
         }
         let transformers = transformers_file(out, case)?;
+        let end = done + derive::work(case, prompts.new_tokens);
         let file = derive::derive(case, prompts.new_tokens, &mut || {
             done += 1;
-            progress(Progress { case: &case.case, done: done.min(total), total });
+            progress(Progress { case: &case.case, done, total });
         })?;
+        // A context that ends early leaves steps out.
+        done = end;
+        progress(Progress { case: &case.case, done, total });
         let name = format!("{}/oracle.safetensors", case.case);
         let oracle = file.to_bytes(&name)?;
         write_atomically(&out.join(&name), &oracle)?;

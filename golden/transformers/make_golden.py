@@ -14,8 +14,7 @@ MODELS holds one checkpoint folder per case (`golden export --out MODELS` writes
 
 and of the case's trace prompt `trace.{w1.58a8,fp32}.*`: the inside of layer 0, every layer's output, the final norm.
 
-w1.58a8: AutoModelForCausalLM in float32, the forward pass of transformers untouched up to the final norm. The output
-         head, which is no part of the int8 semantics, is summed in float64 (`Head64`).
+w1.58a8: AutoModelForCausalLM in float32, the forward pass of transformers untouched.
 fp32:    the same model class with plain linear layers holding trit * scale, without activation quantisation, evaluated
          in float64 from end to end (norms, rotary embedding and softmax too), stored as float32.
 """
@@ -80,7 +79,6 @@ def w158a8_model(checkpoint):
         pathlib.Path(folder, "config.json").write_text(json.dumps(checkpoint.config))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     check_w158a8(model, checkpoint)
-    model.lm_head = Head64(model.lm_head)
     return model
 
 
@@ -112,20 +110,6 @@ def dense_weight(checkpoint, name, tensor):
     trits = bitlinear.unpack_weights(tensor, dtype=torch.float64)
     scale = checkpoint.tensors[name + "_scale"].double()
     return trits * scale if checkpoint.multiplies else trits / scale
-
-
-class Head64(torch.nn.Module):
-    """The output head of float32 activations and weights, summed in float64.
-
-    With logits of 20 the float32 sum is off by up to 9e-6, as much as everything before the head together.
-    """
-
-    def __init__(self, head):
-        super().__init__()
-        self.weight = head.weight.double()
-
-    def forward(self, x):
-        return (x.double() @ self.weight.T).float()
 
 
 class Norm64(torch.nn.Module):
@@ -329,7 +313,7 @@ def main():
             continue
         tensors = make(case, prompts["new_tokens"], models / name)
         (target / name).mkdir(parents=True, exist_ok=True)
-        made_by = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, head in float64"
+        made_by = f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}"
         partial = target / name / "transformers.safetensors.partial"
         save_file(tensors, partial, metadata={"made_by": made_by})
         partial.chmod(0o644)

@@ -69,14 +69,18 @@ impl OracleBackend {
     fn load(model: &ModelFixture) -> Result<Self> {
         static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
         let path = model.dir().display().to_string();
-        let oracle = Oracle::load(model.dir())
-            .map_err(|e| InferenceError::Model(ModelError::LoadingFailed { path, reason: e.to_string() }))?;
-        let config = model_config(&model.config, model.name());
+        if !model.dir().join("config.json").is_file() {
+            return Err(ModelError::FileNotFound { path: format!("{path}/config.json") }.into());
+        }
+        let failed = |reason: String| InferenceError::Model(ModelError::LoadingFailed { path: path.clone(), reason });
+        // What the folder says now, not what was said of it.
+        let facts = ModelFixture::open(model.name(), model.dir()).map_err(|e| failed(e.to_string()))?.config;
+        let config = model_config(&facts, model.name());
         config.validate()?;
-        // Every weight of the oracle is one f64.
-        let weight_bytes = config.parameter_count() * size_of::<f64>();
+        let oracle = Oracle::load(model.dir()).map_err(|e| failed(e.to_string()))?;
+        let weight_bytes = weight_bytes(&facts);
         let owner = CacheOwner { backend: "oracle".to_string(), model: NEXT_MODEL.fetch_add(1, Ordering::Relaxed) };
-        Ok(Self { oracle, config, eos: model.config.eos.clone(), owner, weight_bytes, peak_bytes: weight_bytes })
+        Ok(Self { oracle, config, eos: facts.eos, owner, weight_bytes, peak_bytes: weight_bytes })
     }
 
     fn validator(&self) -> StandardInputValidator {
@@ -116,11 +120,24 @@ impl OracleBackend {
 
 /// The logits after one more token.
 fn step(run: &mut Run<'_>, token: u32) -> Result<Vec<f32>> {
-    let row = run.step(token).map_err(|e| ForwardPassError::ComputationFailed {
-        component: "oracle".to_string(),
-        reason: e.to_string(),
-    })?;
-    Ok(row.into_iter().map(|logit| logit as f32).collect())
+    let row = run
+        .step(token)
+        .map_err(|e| ForwardPassError::ComputationFailed { component: "oracle".to_string(), reason: e.to_string() })?;
+    let row: Vec<f32> = row.into_iter().map(|logit| logit as f32).collect();
+    if let Some(bad) = row.iter().position(|logit| !logit.is_finite()) {
+        let details = format!("logit {bad} of token {token} is {}", row[bad]);
+        return Err(ForwardPassError::NumericalInstability { details }.into());
+    }
+    Ok(row)
+}
+
+/// What the oracle holds: a byte for each ternary weight, an f64 for every other.
+fn weight_bytes(facts: &ModelFacts) -> usize {
+    let (hidden, ffn, kv) = (facts.hidden_size, facts.intermediate_size, facts.kv_heads * facts.head_dim);
+    let ternary = facts.layers * hidden * (2 * hidden + 2 * kv + 3 * ffn);
+    let tables = if facts.tied { 1 } else { 2 };
+    let floats = tables * facts.vocab_size * hidden + facts.layers * (3 * hidden + ffn) + hidden;
+    ternary + floats * size_of::<f64>()
 }
 
 /// What the contracts say of a model, from what `config.json` says.
@@ -223,7 +240,7 @@ impl BitNetInference for OracleBackend {
             if sequence.len() >= context {
                 break FinishReason::ContextFull;
             }
-            let step = Instant::now();
+            let began = Instant::now();
             let unread = if made == 0 { 0 } else { sequence.len() - 1 };
             let mut logits = Vec::new();
             for &token in &sequence[unread..] {
@@ -244,7 +261,7 @@ impl BitNetInference for OracleBackend {
                 break FinishReason::EndOfSequence;
             }
             sequence.push(token);
-            timing.per_token.push(step.elapsed());
+            timing.per_token.push(began.elapsed());
         };
         timing.total = start.elapsed();
         timing.prefill = timing.per_token.first().copied().unwrap_or(timing.total);

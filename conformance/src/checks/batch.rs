@@ -14,8 +14,16 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new("BAT-1", "batch/row_is_alone", BATCH, "every row of a batch has the logits it has alone", row_is_alone)
         .needs(needs_batch)
         .on(ModelSet::Every),
-    Check::new("BAT-2", "batch/order_of_rows", BATCH, "the order of rows does not show, and equal rows are equal", order_of_rows).needs(needs_batch),
-    Check::new("BAT-3", "batch/loud_neighbour", BATCH, "the contents of a neighbour do not show", loud_neighbour).needs(needs_batch),
+    Check::new(
+        "BAT-2",
+        "batch/order_of_rows",
+        BATCH,
+        "the order of rows does not show, and equal rows are equal",
+        order_of_rows,
+    )
+    .needs(needs_batch),
+    Check::new("BAT-3", "batch/loud_neighbour", BATCH, "the contents of a neighbour do not show", loud_neighbour)
+        .needs(needs_batch),
     Check::new("BAT-4", "batch/declared", BATCH, "a backend that declares no batches refuses them", declared),
 ];
 

@@ -7,11 +7,29 @@ use bitnet_contracts::KVCache;
 const CAUSALITY: Category = Category::Causality;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("CAU-1", "causality/later_tokens_do_not_show", CAUSALITY, "a token has no influence on logits before it", later_tokens_do_not_show)
-        .on(ModelSet::Every),
-    Check::new("CAU-1", "causality/later_tokens_do_not_show_with_a_cache", CAUSALITY, "the same within a chunk behind a filled cache", later_tokens_with_a_cache),
-    Check::new("CAU-2", "causality/earlier_tokens_show", CAUSALITY, "every earlier token and the order of tokens have an influence", earlier_tokens_show)
-        .on(ModelSet::Every),
+    Check::new(
+        "CAU-1",
+        "causality/later_tokens_do_not_show",
+        CAUSALITY,
+        "a token has no influence on logits before it",
+        later_tokens_do_not_show,
+    )
+    .on(ModelSet::Every),
+    Check::new(
+        "CAU-1",
+        "causality/later_tokens_do_not_show_with_a_cache",
+        CAUSALITY,
+        "the same within a chunk behind a filled cache",
+        later_tokens_with_a_cache,
+    ),
+    Check::new(
+        "CAU-2",
+        "causality/earlier_tokens_show",
+        CAUSALITY,
+        "every earlier token and the order of tokens have an influence",
+        earlier_tokens_show,
+    )
+    .on(ModelSet::Every),
 ];
 
 const LENGTH: usize = 10;
@@ -61,7 +79,11 @@ fn earlier_tokens_show(ctx: &mut Context<'_>) -> CheckResult {
         changed[position] = other_token(ctx.facts(), changed[position]);
         let seen = logits_of(engine.as_mut(), &changed)?;
         let differs = seen.last(0) != base.last(0);
-        ctx.check(differs, format!("another token at position {position} shows in the last row"), "the row is the same");
+        ctx.check(
+            differs,
+            format!("another token at position {position} shows in the last row"),
+            "the row is the same",
+        );
     }
     let mut swapped = tokens.clone();
     swapped.swap(0, 2);

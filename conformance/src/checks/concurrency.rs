@@ -17,15 +17,53 @@ const fn needs_threads(capabilities: &Capabilities) -> Applicability {
 }
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("CON-1", "concurrency/callers_are_alone", CONCURRENCY, "N callers at once get what each gets alone, bit for bit", callers_are_alone)
-        .needs(needs_threads)
-        .within(120),
-    Check::new("CON-1", "concurrency/wrapped_callers_are_alone", CONCURRENCY, "the same through ConcurrentInferenceEngine around any engine", wrapped_callers_are_alone)
-        .within(120),
-    Check::new("CON-2", "concurrency/copies_are_apart", CONCURRENCY, "thread-local copies share no state", copies_are_apart).needs(needs_threads),
-    Check::new("CON-3", "concurrency/workers", CONCURRENCY, "workers compute in parallel what one computes alone", workers).within(120),
-    Check::new("CON-4", "concurrency/panicking_caller", CONCURRENCY, "a caller that panics does not stop the others", panicking_caller),
-    Check::new("CON-5", "concurrency/declared", CONCURRENCY, "supports_concurrent_generation and the factory say the same", declared),
+    Check::new(
+        "CON-1",
+        "concurrency/callers_are_alone",
+        CONCURRENCY,
+        "N callers at once get what each gets alone, bit for bit",
+        callers_are_alone,
+    )
+    .needs(needs_threads)
+    .within(120),
+    Check::new(
+        "CON-1",
+        "concurrency/wrapped_callers_are_alone",
+        CONCURRENCY,
+        "the same through ConcurrentInferenceEngine around any engine",
+        wrapped_callers_are_alone,
+    )
+    .within(120),
+    Check::new(
+        "CON-2",
+        "concurrency/copies_are_apart",
+        CONCURRENCY,
+        "thread-local copies share no state",
+        copies_are_apart,
+    )
+    .needs(needs_threads),
+    Check::new(
+        "CON-3",
+        "concurrency/workers",
+        CONCURRENCY,
+        "workers compute in parallel what one computes alone",
+        workers,
+    )
+    .within(120),
+    Check::new(
+        "CON-4",
+        "concurrency/panicking_caller",
+        CONCURRENCY,
+        "a caller that panics does not stop the others",
+        panicking_caller,
+    ),
+    Check::new(
+        "CON-5",
+        "concurrency/declared",
+        CONCURRENCY,
+        "supports_concurrent_generation and the factory say the same",
+        declared,
+    ),
 ];
 
 const CALLERS: usize = 4;

@@ -8,14 +8,45 @@ use bitnet_contracts::{BitNetInference, GenerationConfig, KVCache};
 const DETERMINISM: Category = Category::Determinism;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("DET-1", "determinism/repeated_forward", DETERMINISM, "repeated calls give the same bits, whatever came between", repeated_forward),
-    Check::new("DET-2", "determinism/same_seed", DETERMINISM, "the same seed gives the same tokens and text, with or without reset()", same_seed),
-    Check::new("DET-3", "determinism/fresh_engine", DETERMINISM, "a fresh engine gives the same bits and tokens", fresh_engine).on(ModelSet::Every),
+    Check::new(
+        "DET-1",
+        "determinism/repeated_forward",
+        DETERMINISM,
+        "repeated calls give the same bits, whatever came between",
+        repeated_forward,
+    ),
+    Check::new(
+        "DET-2",
+        "determinism/same_seed",
+        DETERMINISM,
+        "the same seed gives the same tokens and text, with or without reset()",
+        same_seed,
+    ),
+    Check::new(
+        "DET-3",
+        "determinism/fresh_engine",
+        DETERMINISM,
+        "a fresh engine gives the same bits and tokens",
+        fresh_engine,
+    )
+    .on(ModelSet::Every),
     Check::new("DET-4", "determinism/threads", DETERMINISM, "the number of threads does not show", threads)
         .needs(|c| if c.threads { Applicability::Run } else { Applicability::Unsupported("a choice of threads") }),
     Check::new("DET-5", "determinism/seeds_differ", DETERMINISM, "different seeds give different tokens", seeds_differ),
-    Check::new("DET-6", "determinism/sessions_apart", DETERMINISM, "forward calls and generations do not disturb each other", sessions_apart),
-    Check::new("DET-7", "determinism/generate_deterministic", DETERMINISM, "generate_deterministic is generate with the default configuration and that seed", generate_deterministic),
+    Check::new(
+        "DET-6",
+        "determinism/sessions_apart",
+        DETERMINISM,
+        "forward calls and generations do not disturb each other",
+        sessions_apart,
+    ),
+    Check::new(
+        "DET-7",
+        "determinism/generate_deterministic",
+        DETERMINISM,
+        "generate_deterministic is generate with the default configuration and that seed",
+        generate_deterministic,
+    ),
 ];
 
 const SEEDS: [u64; 4] = [0, 1, 12345, u64::MAX];

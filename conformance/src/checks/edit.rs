@@ -103,9 +103,7 @@ impl Held {
     pub(super) fn floats(&self) -> Result<Vec<f32>, Stop> {
         let halves = || self.data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         match self.dtype {
-            Dtype::F32 => {
-                Ok(self.data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
-            }
+            Dtype::F32 => Ok(self.data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
             Dtype::BF16 => Ok(halves().map(|h| f32::from_bits(u32::from(h) << 16)).collect()),
             Dtype::F16 => Ok(halves().map(f16_to_f32).collect()),
             other => Err(Stop::Inconclusive(format!("a tensor of {other:?} has no float values"))),
@@ -168,7 +166,8 @@ mod tests {
 
     #[test]
     fn halves_read_as_ieee_says() {
-        let cases = [(0x3c00, 1.0), (0xc000, -2.0), (0x0001, 5.960_464_5e-8), (0x7bff, 65504.0), (0x7c00, f32::INFINITY)];
+        let cases =
+            [(0x3c00, 1.0), (0xc000, -2.0), (0x0001, 5.960_464_5e-8), (0x7bff, 65504.0), (0x7c00, f32::INFINITY)];
         for (bits, value) in cases {
             assert_eq!(f16_to_f32(bits), value, "{bits:#06x}");
         }

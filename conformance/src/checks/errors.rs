@@ -10,16 +10,53 @@ use bitnet_contracts::{
 const ERRORS: Category = Category::Errors;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("ERR-1", "errors/token_out_of_range", ERRORS, "an id outside the vocabulary is InvalidToken with its position", token_out_of_range)
-        .on(ModelSet::Every),
-    Check::new("ERR-2", "errors/empty_input", ERRORS, "an empty prompt is EmptySequence; no batch or sequence of none", empty_input),
+    Check::new(
+        "ERR-1",
+        "errors/token_out_of_range",
+        ERRORS,
+        "an id outside the vocabulary is InvalidToken with its position",
+        token_out_of_range,
+    )
+    .on(ModelSet::Every),
+    Check::new(
+        "ERR-2",
+        "errors/empty_input",
+        ERRORS,
+        "an empty prompt is EmptySequence; no batch or sequence of none",
+        empty_input,
+    ),
     Check::new("ERR-3", "errors/id_type", ERRORS, "ids that are not u32 or i64 are InvalidInput", id_type),
     Check::new("ERR-4", "errors/rank", ERRORS, "ids that are not of rank 2 are ShapeMismatch", rank),
-    Check::new("ERR-5", "errors/too_long", ERRORS, "more tokens than the context holds are refused", too_long).on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("ERR-6", "errors/generation_config", ERRORS, "every invalid field of GenerationConfig is the source's error, NaN included", generation_config),
-    Check::new("ERR-7", "errors/configuration_first", ERRORS, "the full configuration is validated before anything else", configuration_first),
-    Check::new("ERR-8", "errors/engine_goes_on", ERRORS, "after every error the engine works as if the call had not been", engine_goes_on),
-    Check::new("ERR-9", "errors/context", ERRORS, "real errors name component and operation and follow the source's tables", context),
+    Check::new("ERR-5", "errors/too_long", ERRORS, "more tokens than the context holds are refused", too_long)
+        .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "ERR-6",
+        "errors/generation_config",
+        ERRORS,
+        "every invalid field of GenerationConfig is the source's error, NaN included",
+        generation_config,
+    ),
+    Check::new(
+        "ERR-7",
+        "errors/configuration_first",
+        ERRORS,
+        "the full configuration is validated before anything else",
+        configuration_first,
+    ),
+    Check::new(
+        "ERR-8",
+        "errors/engine_goes_on",
+        ERRORS,
+        "after every error the engine works as if the call had not been",
+        engine_goes_on,
+    ),
+    Check::new(
+        "ERR-9",
+        "errors/context",
+        ERRORS,
+        "real errors name component and operation and follow the source's tables",
+        context,
+    ),
 ];
 
 fn invalid_input(error: &InferenceError) -> bool {
@@ -68,8 +105,7 @@ fn token_out_of_range(ctx: &mut Context<'_>) -> CheckResult {
 
 fn empty_input(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let empty =
-        |e: &InferenceError| matches!(e, InferenceError::Tokenization(TokenizationError::EmptySequence));
+    let empty = |e: &InferenceError| matches!(e, InferenceError::Tokenization(TokenizationError::EmptySequence));
     let result = engine.generate(&[], 3, &greedy());
     ctx.expect_error("generate with an empty prompt", result, empty, "TokenizationError::EmptySequence");
     let result = engine.generate_deterministic(&[], 3, 7);
@@ -148,8 +184,16 @@ fn too_long(ctx: &mut Context<'_>) -> CheckResult {
 fn invalid_configurations(vocab: u32) -> Vec<(String, GenerationConfig, Option<&'static str>)> {
     let base = GenerationConfig::default;
     let mut cases = vec![
-        ("max_new_tokens 0".to_string(), GenerationConfig { max_new_tokens: 0, min_new_tokens: 0, ..base() }, Some("max_new_tokens")),
-        ("min_new_tokens above max_new_tokens".to_string(), GenerationConfig { max_new_tokens: 3, min_new_tokens: 4, ..base() }, None),
+        (
+            "max_new_tokens 0".to_string(),
+            GenerationConfig { max_new_tokens: 0, min_new_tokens: 0, ..base() },
+            Some("max_new_tokens"),
+        ),
+        (
+            "min_new_tokens above max_new_tokens".to_string(),
+            GenerationConfig { max_new_tokens: 3, min_new_tokens: 4, ..base() },
+            None,
+        ),
         ("top_k 0".to_string(), GenerationConfig { top_k: Some(0), ..base() }, Some("top_k")),
     ];
     let not_finite = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
@@ -307,14 +351,16 @@ fn context(ctx: &mut Context<'_>) -> CheckResult {
             ctx.check(real, format!("{what}: context().{field} names something"), format!("{value:?}"));
         }
         ctx.check_eq(format!("{what}: severity()"), error.severity(), severity(&error));
-        let lost = matches!(
-            error,
-            InferenceError::Configuration(_) | InferenceError::Model(ModelError::FileNotFound { .. })
-        );
+        let lost =
+            matches!(error, InferenceError::Configuration(_) | InferenceError::Model(ModelError::FileNotFound { .. }));
         ctx.check_eq(format!("{what}: is_recoverable()"), error.is_recoverable(), !lost);
         ctx.check(!error.recovery_suggestions().is_empty(), format!("{what}: recovery suggestions"), "none");
         let text = error.to_string();
-        ctx.check(!text.is_empty() && !text.contains('\n'), format!("{what}: a message of one line"), format!("{text:?}"));
+        ctx.check(
+            !text.is_empty() && !text.contains('\n'),
+            format!("{what}: a message of one line"),
+            format!("{text:?}"),
+        );
         if let InferenceError::Configuration(_) = error {
             ctx.check_eq(format!("{what}: component"), context.component.as_str(), "Configuration");
             ctx.check_eq(format!("{what}: operation"), context.operation.as_str(), "Validation");

@@ -1,7 +1,7 @@
 //! Limits, stop rules and results of generation.
 
 use super::support::{
-    SMALL_CONTEXT, TRAINED_MODEL, bitwise, generate, greedy, own_greedy, own_margin, plain, prompt, same_greedy, until_eos,
+    SMALL_CONTEXT, TRAINED_MODEL, generate, greedy, own_greedy, own_margin, plain, prompt, same_greedy, until_eos,
 };
 use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};
 use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
@@ -10,26 +10,87 @@ use std::time::{Duration, Instant};
 const GENERATION: Category = Category::Generation;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("GEN-1", "generation/two_limits", GENERATION, "the limit is min(max_tokens, max_new_tokens)", two_limits)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("GEN-2", "generation/context_full", GENERATION, "generation ends where the context or max_total_tokens does, and says so", context_full)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("GEN-3", "generation/stop_token", GENERATION, "a stop token ends generation and is not part of the output", stop_token)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("GEN-4", "generation/end_of_sequence", GENERATION, "eos_token_id ends generation likewise", end_of_sequence)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("GEN-5", "generation/min_new_tokens", GENERATION, "no stop rule ends generation before min_new_tokens", min_new_tokens)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("GEN-6", "generation/stop_sequence", GENERATION, "a stop sequence ends generation, across token borders too", stop_sequence)
-        .on(ModelSet::Only(TRAINED_MODEL))
-        .needs(|c| if c.tokenizer { Applicability::Run } else { Applicability::Unsupported("a tokenizer") }),
-    Check::new("GEN-7", "generation/result_is_true", GENERATION, "prompt, counts, text and timing of the result are what happened", result_is_true),
-    Check::new("GEN-8", "generation/greedy_is_argmax", GENERATION, "greedy takes the argmax of forward's logits at every step", greedy_is_argmax)
-        .on(ModelSet::Every),
+    Check::new(
+        "GEN-1",
+        "generation/two_limits",
+        GENERATION,
+        "the limit is min(max_tokens, max_new_tokens)",
+        two_limits,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "GEN-2",
+        "generation/context_full",
+        GENERATION,
+        "generation ends where the context or max_total_tokens does, and says so",
+        context_full,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "GEN-3",
+        "generation/stop_token",
+        GENERATION,
+        "a stop token ends generation and is not part of the output",
+        stop_token,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "GEN-4",
+        "generation/end_of_sequence",
+        GENERATION,
+        "eos_token_id ends generation likewise",
+        end_of_sequence,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "GEN-5",
+        "generation/min_new_tokens",
+        GENERATION,
+        "no stop rule ends generation before min_new_tokens",
+        min_new_tokens,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "GEN-6",
+        "generation/stop_sequence",
+        GENERATION,
+        "a stop sequence ends generation, across token borders too",
+        stop_sequence,
+    )
+    .on(ModelSet::Only(TRAINED_MODEL))
+    .needs(|c| if c.tokenizer { Applicability::Run } else { Applicability::Unsupported("a tokenizer") }),
+    Check::new(
+        "GEN-7",
+        "generation/result_is_true",
+        GENERATION,
+        "prompt, counts, text and timing of the result are what happened",
+        result_is_true,
+    ),
+    Check::new(
+        "GEN-8",
+        "generation/greedy_is_argmax",
+        GENERATION,
+        "greedy takes the argmax of forward's logits at every step",
+        greedy_is_argmax,
+    )
+    .on(ModelSet::Every),
     Check::new("GEN-9", "generation/clean_state", GENERATION, "each call starts from a clean state", clean_state),
-    Check::new("GEN-10", "generation/cache_and_chunks_do_not_show", GENERATION, "use_cache and prefill_chunk_size do not change the tokens", cache_and_chunks)
-        .on(ModelSet::Where(|f| f.max_positions <= 64 || f.has_tokenizer)),
-    Check::new("GEN-11", "generation/text", GENERATION, "generated_text is the tokenizer's text of the tokens, and empty without one", text).on(ModelSet::Every),
+    Check::new(
+        "GEN-10",
+        "generation/cache_and_chunks_do_not_show",
+        GENERATION,
+        "use_cache and prefill_chunk_size do not change the tokens",
+        cache_and_chunks,
+    )
+    .on(ModelSet::Where(|f| f.max_positions <= 64 || f.has_tokenizer)),
+    Check::new(
+        "GEN-11",
+        "generation/text",
+        GENERATION,
+        "generated_text is the tokenizer's text of the tokens, and empty without one",
+        text,
+    )
+    .on(ModelSet::Every),
 ];
 
 fn limited(max_new_tokens: usize) -> GenerationConfig {
@@ -47,7 +108,7 @@ fn endless_prompt(
     for salt in 0..40 {
         let tokens = prompt(ctx.facts(), len, 200 + salt);
         let out = own_greedy(engine, &tokens, steps)?;
-        let clear = bitwise(ctx) || out.iter().all(|(_, margin)| *margin > own_margin(ctx));
+        let clear = ctx.capabilities().bitwise || out.iter().all(|(_, margin)| *margin > own_margin(ctx));
         if clear && out.iter().all(|(token, _)| !ctx.facts().eos.contains(token)) {
             return Ok((tokens, out.into_iter().map(|(token, _)| token).collect()));
         }
@@ -58,7 +119,9 @@ fn endless_prompt(
 fn two_limits(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let (tokens, expected) = endless_prompt(ctx, engine.as_mut(), 4, 6)?;
-    for (max_tokens, max_new, count) in [(1, 6, 1), (6, 1, 1), (5, 6, 5), (6, 5, 5), (6, 6, 6), (2, 128, 2), (usize::MAX, 3, 3)] {
+    for (max_tokens, max_new, count) in
+        [(1, 6, 1), (6, 1, 1), (5, 6, 5), (6, 5, 5), (6, 6, 6), (2, 128, 2), (usize::MAX, 3, 3)]
+    {
         let result = generate(engine.as_mut(), &tokens, max_tokens, &limited(max_new))?;
         let what = format!("max_tokens {max_tokens}, max_new_tokens {max_new}");
         ctx.check_slices(format!("{what}: tokens"), &result.generated_tokens, &expected[..count]);
@@ -109,14 +172,11 @@ fn context_full(ctx: &mut Context<'_>) -> CheckResult {
 }
 
 /// A prompt with its greedy continuation and a step > 0 at which a token comes for the first time.
-fn with_new_token(
-    ctx: &Context<'_>,
-    engine: &mut dyn BitNetInference,
-) -> Result<(Vec<u32>, Vec<u32>, usize), Stop> {
+fn with_new_token(ctx: &Context<'_>, engine: &mut dyn BitNetInference) -> Result<(Vec<u32>, Vec<u32>, usize), Stop> {
     for salt in 0..40 {
         let tokens = prompt(ctx.facts(), 4, 220 + salt);
         let out = own_greedy(engine, &tokens, 8)?;
-        if !bitwise(ctx) && out.iter().any(|(_, margin)| *margin <= own_margin(ctx)) {
+        if !ctx.capabilities().bitwise && out.iter().any(|(_, margin)| *margin <= own_margin(ctx)) {
             continue;
         }
         let out: Vec<u32> = out.into_iter().map(|(token, _)| token).collect();
@@ -181,7 +241,8 @@ fn min_new_tokens(ctx: &mut Context<'_>) -> CheckResult {
                 false => GenerationConfig { stop_tokens: vec![out[step]], ..base },
             };
             let result = generate(engine.as_mut(), &tokens, 8, &config)?;
-            let what = format!("stop at step {step} by {}, min_new_tokens {min}", if by_eos { "eos" } else { "stop token" });
+            let what =
+                format!("stop at step {step} by {}, min_new_tokens {min}", if by_eos { "eos" } else { "stop token" });
             ctx.check_at_least(format!("{what}: tokens"), result.generated_tokens.len() as f64, min as f64);
             // What comes before the forbidden stop is not touched by it.
             let shared = &result.generated_tokens[..step.min(result.generated_tokens.len())];
@@ -213,13 +274,16 @@ fn stop_sequence(ctx: &mut Context<'_>) -> CheckResult {
                 continue;
             }
             // The last character of one token and the first of the next.
-            let (Some(tail), Some(head)) = (before.chars().last(), after[before.len()..].chars().next()) else { continue };
+            let (Some(tail), Some(head)) = (before.chars().last(), after[before.len()..].chars().next()) else {
+                continue;
+            };
             let stop: String = [tail, head].iter().collect();
             if before.contains(&stop) || stop.contains('\u{fffd}') {
                 continue;
             }
             found += 1;
-            let config = GenerationConfig { stop_sequences: vec!["\u{1}never\u{1}".into(), stop.clone()], ..limited(steps) };
+            let config =
+                GenerationConfig { stop_sequences: vec!["\u{1}never\u{1}".into(), stop.clone()], ..limited(steps) };
             let result = generate(engine.as_mut(), &tokens, steps, &config)?;
             let what = format!("stop sequence {stop:?} across tokens {i} and {}", i + 1);
             ctx.check_eq(format!("{what}: finish reason"), result.finish_reason, FinishReason::StopSequence);
@@ -346,7 +410,7 @@ fn cache_and_chunks(ctx: &mut Context<'_>) -> CheckResult {
             ));
         }
         for (what, config) in variants {
-            if config.do_sample && !bitwise(ctx) {
+            if config.do_sample && !ctx.capabilities().bitwise {
                 // Logits that differ in their last bits may draw another token: only greedy choices can be compared.
                 continue;
             }

@@ -13,22 +13,52 @@ use serde_json::{Value, json};
 
 const GOLDEN: Category = Category::Golden;
 
-const fn check(id: &'static str, name: &'static str, clause: &'static str, run: fn(&mut Context<'_>) -> CheckResult) -> Check {
+const fn check(
+    id: &'static str,
+    name: &'static str,
+    clause: &'static str,
+    run: fn(&mut Context<'_>) -> CheckResult,
+) -> Check {
     Check::new(id, name, GOLDEN, clause, run).on(ModelSet::Golden).within(120)
 }
 
 pub(super) const CHECKS: &[Check] = &[
     check("GLD-1", "golden/correlation", "every position correlates above 0.99 with the fp32 golden", correlation),
-    check("GLD-2", "golden/own_semantics", "logits are those of the declared semantics: error, correlation, slope and KL of every row", own_semantics),
+    check(
+        "GLD-2",
+        "golden/own_semantics",
+        "logits are those of the declared semantics: error, correlation, slope and KL of every row",
+        own_semantics,
+    ),
     check("GLD-3", "golden/top1", "the top-1 token is the golden's wherever its margin is clear", top1),
     check("GLD-4", "golden/decode", "token by token with a cache the same golden holds", decode),
-    check("GLD-5", "golden/greedy_tokens", "greedy tokens are the golden's up to its first unclear step", greedy_tokens),
-    check("GLD-6", "golden/reproduced_rows", "w1.58a8 arithmetic reproduces the golden's rows but for rounding ties", reproduced_rows)
-        .on(ModelSet::Only(tolerance::A8_SHARE_MODELS[2])),
-    check("GLD-7", "golden/spellings", "RoPE base, tied head and scale have two spellings each, and mean the same in both", spellings)
-        .on(ModelSet::Only(EDIT_MODEL)),
-    check("GLD-8", "golden/facts_are_read", "RoPE base, epsilon, scales and linear_class are read from the model, not assumed", facts_are_read)
-        .on(ModelSet::Only(EDIT_MODEL)),
+    check(
+        "GLD-5",
+        "golden/greedy_tokens",
+        "greedy tokens are the golden's up to its first unclear step",
+        greedy_tokens,
+    ),
+    check(
+        "GLD-6",
+        "golden/reproduced_rows",
+        "w1.58a8 arithmetic reproduces the golden's rows but for rounding ties",
+        reproduced_rows,
+    )
+    .on(ModelSet::Only(tolerance::A8_SHARE_MODELS[2])),
+    check(
+        "GLD-7",
+        "golden/spellings",
+        "RoPE base, tied head and scale have two spellings each, and mean the same in both",
+        spellings,
+    )
+    .on(ModelSet::Only(EDIT_MODEL)),
+    check(
+        "GLD-8",
+        "golden/facts_are_read",
+        "RoPE base, epsilon, scales and linear_class are read from the model, not assumed",
+        facts_are_read,
+    )
+    .on(ModelSet::Only(EDIT_MODEL)),
 ];
 
 /// The golden logits of a prompt in one of the semantics, as transformers gives them.
@@ -87,7 +117,11 @@ fn correlation(ctx: &mut Context<'_>) -> CheckResult {
     let (row, worst) = rows.worst_pearson();
     ctx.check(
         worst > tolerance::MIN_CORRELATION,
-        format!("Pearson correlation with the fp32 golden above {} in all {} rows", tolerance::MIN_CORRELATION, rows.len()),
+        format!(
+            "Pearson correlation with the fp32 golden above {} in all {} rows",
+            tolerance::MIN_CORRELATION,
+            rows.len()
+        ),
         format!("{worst:.6} in row {row}"),
     );
     ctx.measure_min(measure::WORST_CORRELATION, worst);
@@ -111,13 +145,15 @@ fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_at_most(what, gap, fp32_limit(reach));
         ctx.measure("worst_abs_own_golden", gap);
     } else {
-        let made_by_transformers = fixtures::ORACLE_CASES.contains(&golden.case.as_str());
-        let limit = match (noise, made_by_transformers) {
-            (Noise::F32, true) => tolerance::A8_ROW_CORRELATION,
-            (Noise::Coarse, true) => tolerance::COARSE_ROW_CORRELATION,
-            (_, false) => tolerance::MIN_CORRELATION,
+        let limit = match noise {
+            Noise::F32 => tolerance::A8_ROW_CORRELATION,
+            Noise::Coarse => tolerance::COARSE_ROW_CORRELATION,
         };
-        ctx.check_at_least(format!("correlation of the worst row (row {row}) with the {} golden", semantics.name()), pearson, limit);
+        ctx.check_at_least(
+            format!("correlation of the worst row (row {row}) with the {} golden", semantics.name()),
+            pearson,
+            limit,
+        );
         let gap = quantisation_gap(&golden)?;
         let limit = match noise {
             Noise::F32 => tolerance::A8_GAP_MEAN,
@@ -131,11 +167,19 @@ fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
         ctx.measure("mean_nmse_in_gaps", ratio);
         let (row, worst) = rows.worst_kl();
         let ratio = worst / gap.worst_kl().1;
-        ctx.check_at_most(format!("KL of the worst row (row {row}), in units of the worst gap"), ratio, tolerance::GAP_WORST);
+        ctx.check_at_most(
+            format!("KL of the worst row (row {row}), in units of the worst gap"),
+            ratio,
+            tolerance::GAP_WORST,
+        );
     }
     ctx.measure("worst_correlation_own_golden", pearson);
     let slope = rows.mean(|r| r.slope);
-    ctx.check_at_most("distance of the mean slope of logits on golden logits from 1", (slope - 1.0).abs(), tolerance::SLOPE_MEAN);
+    ctx.check_at_most(
+        "distance of the mean slope of logits on golden logits from 1",
+        (slope - 1.0).abs(),
+        tolerance::SLOPE_MEAN,
+    );
     let (row, slope) = rows.worst(|r| (r.slope - 1.0).abs(), |a, b| a > b);
     ctx.check_at_most(format!("distance of the slope of row {row} from 1"), slope, tolerance::SLOPE_WORST);
     Ok(())
@@ -183,7 +227,11 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
     if (capabilities.semantics, capabilities.noise) == (Semantics::Fp32, Noise::F32) {
         let reach = expected.iter().fold(0.0f64, |m, &x| m.max(f64::from(x).abs()));
         let (row, gap) = rows.worst_abs();
-        ctx.check_at_most(format!("largest difference from the golden in decoding (row {row})"), gap, fp32_limit(reach));
+        ctx.check_at_most(
+            format!("largest difference from the golden in decoding (row {row})"),
+            gap,
+            fp32_limit(reach),
+        );
     } else {
         let (row, worst) = rows.worst_pearson();
         let what = format!("correlation of the worst row (row {row}) with the golden in decoding");
@@ -202,7 +250,8 @@ fn greedy_tokens(ctx: &mut Context<'_>) -> CheckResult {
     let mut compared = 0;
     for prompt in &golden.prompts {
         for (row, tokens) in prompt.input_ids.iter().enumerate() {
-            let (Some(expected), Some(margins)) = (prompt.greedy(semantics).get(row), prompt.margins(semantics).get(row))
+            let (Some(expected), Some(margins)) =
+                (prompt.greedy(semantics).get(row), prompt.margins(semantics).get(row))
             else {
                 continue;
             };
@@ -261,7 +310,8 @@ fn edited(ctx: &Context<'_>, name: &str, model: &Model, tokens: &[u32]) -> Resul
     model.write(&dir)?;
     let fixture = ctx.model().relocated(&dir);
     let created = ctx.factory().create(&fixture);
-    let mut engine = created.map_err(|e: InferenceError| Stop::Unexpected(format!("model {name}: create failed: {e}")))?;
+    let mut engine =
+        created.map_err(|e: InferenceError| Stop::Unexpected(format!("model {name}: create failed: {e}")))?;
     Ok(logits_of(engine.as_mut(), tokens)?.data)
 }
 

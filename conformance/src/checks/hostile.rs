@@ -10,15 +10,30 @@ use std::path::{Path, PathBuf};
 
 const HOSTILE: Category = Category::Hostile;
 
-const fn check(id: &'static str, name: &'static str, clause: &'static str, run: fn(&mut Context<'_>) -> CheckResult) -> Check {
+const fn check(
+    id: &'static str,
+    name: &'static str,
+    clause: &'static str,
+    run: fn(&mut Context<'_>) -> CheckResult,
+) -> Check {
     Check::new(id, name, HOSTILE, clause, run).on(ModelSet::Only(EDIT_MODEL)).within(120)
 }
 
 pub(super) const CHECKS: &[Check] = &[
-    check("HST-1", "hostile/not_a_number", "NaN or infinite weights are refused or NumericalInstability, never a result", not_a_number),
+    check(
+        "HST-1",
+        "hostile/not_a_number",
+        "NaN or infinite weights are refused or NumericalInstability, never a result",
+        not_a_number,
+    ),
     check("HST-2", "hostile/overflow", "numbers that overflow at run time are NumericalInstability", overflow),
     check("HST-3", "hostile/missing_files", "missing folders and files are model errors", missing_files),
-    check("HST-4", "hostile/broken_weights", "truncated, lying and incomplete weight files are refused", broken_weights),
+    check(
+        "HST-4",
+        "hostile/broken_weights",
+        "truncated, lying and incomplete weight files are refused",
+        broken_weights,
+    ),
     check("HST-5", "hostile/broken_config", "a config.json that is garbage or fits nothing is refused", broken_config),
     check("HST-6", "hostile/invalid_trits", "a packed byte with a code that is no trit is refused", invalid_trits),
 ];
@@ -48,7 +63,12 @@ fn refused(ctx: &mut Context<'_>, what: &str, dir: &Path) {
                 | InferenceError::Memory(_)
         )
     };
-    ctx.expect_error(format!("loading a model with {what}"), result, kind, "a Model, Configuration or Quantization error");
+    ctx.expect_error(
+        format!("loading a model with {what}"),
+        result,
+        kind,
+        "a Model, Configuration or Quantization error",
+    );
 }
 
 /// Asserts that a model whose numbers are bad is refused when it is loaded, or else when it is used.
@@ -119,8 +139,20 @@ fn overflow(ctx: &mut Context<'_>) -> CheckResult {
     // In the middle a later norm may bring them back, in wider arithmetic: then finite logits are right as well.
     let cases: [(&str, Vec<(&str, f32)>); 3] = [
         ("an input norm of 3e38", vec![(NORM, 3e38)]),
-        ("sub-norms of 3e38", vec![("model.layers.0.self_attn.attn_sub_norm.weight", 3e38), ("model.layers.1.mlp.ffn_sub_norm.weight", 3e38)]),
-        ("weight scales of 3e38", vec![("model.layers.0.mlp.gate_proj.weight_scale", 3e38), ("model.layers.0.mlp.up_proj.weight_scale", 3e38)]),
+        (
+            "sub-norms of 3e38",
+            vec![
+                ("model.layers.0.self_attn.attn_sub_norm.weight", 3e38),
+                ("model.layers.1.mlp.ffn_sub_norm.weight", 3e38),
+            ],
+        ),
+        (
+            "weight scales of 3e38",
+            vec![
+                ("model.layers.0.mlp.gate_proj.weight_scale", 3e38),
+                ("model.layers.0.mlp.up_proj.weight_scale", 3e38),
+            ],
+        ),
     ];
     for (what, edits) in cases {
         let mut edited = model.clone();
@@ -336,4 +368,3 @@ fn invalid_trits(ctx: &mut Context<'_>) -> CheckResult {
     }
     Ok(())
 }
-

@@ -10,23 +10,83 @@ use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError,
 const KV: Category = Category::KvCache;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("KV-1", "kv_cache/chunked_is_whole", KV, "any split of a prompt into calls gives the logits of one call", chunked_is_whole)
-        .on(ModelSet::Every),
-    Check::new("KV-1", "kv_cache/long_decode_is_whole", KV, "token by token over the whole context gives the logits of one call", long_decode_is_whole)
-        .on(ModelSet::Where(|f| f.max_positions <= 64)),
+    Check::new(
+        "KV-1",
+        "kv_cache/chunked_is_whole",
+        KV,
+        "any split of a prompt into calls gives the logits of one call",
+        chunked_is_whole,
+    )
+    .on(ModelSet::Every),
+    Check::new(
+        "KV-1",
+        "kv_cache/long_decode_is_whole",
+        KV,
+        "token by token over the whole context gives the logits of one call",
+        long_decode_is_whole,
+    )
+    .on(ModelSet::Where(|f| f.max_positions <= 64)),
     Check::new("KV-1", "kv_cache/chunked_batch_is_whole", KV, "the same for a batch", chunked_batch_is_whole)
         .needs(|c| if c.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }),
-    Check::new("KV-2", "kv_cache/no_cache_no_memory", KV, "without a cache nothing is remembered between calls", no_cache_no_memory),
-    Check::new("KV-3", "kv_cache/truncate_and_replay", KV, "truncate and go on is as if the rest had never been", truncate_and_replay),
-    Check::new("KV-4", "kv_cache/clear_and_reset", KV, "a cleared cache is as new, and reset() leaves the engine as new", clear_and_reset),
-    Check::new("KV-5", "kv_cache/overflow", KV, "more positions than fit are KVCacheError and change nothing", overflow),
-    Check::new("KV-6", "kv_cache/errors_change_nothing", KV, "after any error the cache is exactly as before the call", errors_change_nothing),
-    Check::new("KV-7", "kv_cache/foreign_cache", KV, "a cache filled on another model is KVCacheError and stays good for its owner", foreign_cache)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("KV-8", "kv_cache/last_position", KV, "the context can be filled to the last position and not beyond", last_position)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new("KV-9", "kv_cache/other_batch", KV, "another batch size than the cache holds is an error and changes nothing", other_batch)
-        .needs(|c| if c.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }),
+    Check::new(
+        "KV-2",
+        "kv_cache/no_cache_no_memory",
+        KV,
+        "without a cache nothing is remembered between calls",
+        no_cache_no_memory,
+    ),
+    Check::new(
+        "KV-3",
+        "kv_cache/truncate_and_replay",
+        KV,
+        "truncate and go on is as if the rest had never been",
+        truncate_and_replay,
+    ),
+    Check::new(
+        "KV-4",
+        "kv_cache/clear_and_reset",
+        KV,
+        "a cleared cache is as new, and reset() leaves the engine as new",
+        clear_and_reset,
+    ),
+    Check::new(
+        "KV-5",
+        "kv_cache/overflow",
+        KV,
+        "more positions than fit are KVCacheError and change nothing",
+        overflow,
+    ),
+    Check::new(
+        "KV-6",
+        "kv_cache/errors_change_nothing",
+        KV,
+        "after any error the cache is exactly as before the call",
+        errors_change_nothing,
+    ),
+    Check::new(
+        "KV-7",
+        "kv_cache/foreign_cache",
+        KV,
+        "a cache filled on another model is KVCacheError and stays good for its owner",
+        foreign_cache,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "KV-8",
+        "kv_cache/last_position",
+        KV,
+        "the context can be filled to the last position and not beyond",
+        last_position,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "KV-9",
+        "kv_cache/other_batch",
+        KV,
+        "another batch size than the cache holds is an error and changes nothing",
+        other_batch,
+    )
+    .needs(|c| if c.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }),
     Check::new("KV-10", "kv_cache/two_caches", KV, "two caches on one engine do not see each other", two_caches),
 ];
 

@@ -7,22 +7,48 @@ use bitnet_contracts::KVCache;
 const NUMERICS: Category = Category::Numerics;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("NUM-1", "numerics/finite", NUMERICS, "every logit of every position is finite", finite).on(ModelSet::Every),
-    Check::new("NUM-1", "numerics/finite_to_the_last_position", NUMERICS, "every logit is finite up to the end of the context", finite_to_the_last_position)
-        .on(ModelSet::Where(|f| f.max_positions <= 128)),
-    Check::new("NUM-2", "numerics/extreme_prompts", NUMERICS, "repeated and extreme tokens give finite logits", extreme_prompts)
+    Check::new("NUM-1", "numerics/finite", NUMERICS, "every logit of every position is finite", finite)
         .on(ModelSet::Every),
-    Check::new("NUM-3", "numerics/rows_say_something", NUMERICS, "logits are not constant, and depend on the token", rows_say_something)
-        .on(ModelSet::Every),
-    Check::new("NUM-4", "numerics/poisoned_memory", NUMERICS, "results do not depend on what was in memory before", poisoned_memory)
-        .on(ModelSet::Only(SMALL_CONTEXT)),
+    Check::new(
+        "NUM-1",
+        "numerics/finite_to_the_last_position",
+        NUMERICS,
+        "every logit is finite up to the end of the context",
+        finite_to_the_last_position,
+    )
+    .on(ModelSet::Where(|f| f.max_positions <= 128)),
+    Check::new(
+        "NUM-2",
+        "numerics/extreme_prompts",
+        NUMERICS,
+        "repeated and extreme tokens give finite logits",
+        extreme_prompts,
+    )
+    .on(ModelSet::Every),
+    Check::new(
+        "NUM-3",
+        "numerics/rows_say_something",
+        NUMERICS,
+        "logits are not constant, and depend on the token",
+        rows_say_something,
+    )
+    .on(ModelSet::Every),
+    Check::new(
+        "NUM-4",
+        "numerics/poisoned_memory",
+        NUMERICS,
+        "results do not depend on what was in memory before",
+        poisoned_memory,
+    )
+    .on(ModelSet::Only(SMALL_CONTEXT)),
 ];
 
 fn check_finite(ctx: &mut Context<'_>, what: &str, data: &[f32]) -> bool {
     let bad = data.iter().filter(|x| !x.is_finite()).count();
     let first = data.iter().position(|x| !x.is_finite());
     ctx.compared(data.len());
-    let seen = first.map_or(String::new(), |i| format!("{bad} of {} are not, the first at {i}: {}", data.len(), data[i]));
+    let seen =
+        first.map_or(String::new(), |i| format!("{bad} of {} are not, the first at {i}: {}", data.len(), data[i]));
     ctx.check(bad == 0, format!("{what}: all logits finite"), seen)
 }
 
@@ -73,7 +99,11 @@ fn rows_say_something(ctx: &mut Context<'_>) -> CheckResult {
     for position in 0..4 {
         let row = first.row(0, position);
         let (low, high) = row.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
-        ctx.check(high > low, format!("logits of position {position} differ from each other"), format!("all are {low}"));
+        ctx.check(
+            high > low,
+            format!("logits of position {position} differ from each other"),
+            format!("all are {low}"),
+        );
     }
     let second = logits_of(engine.as_mut(), &b)?;
     ctx.check(first.last(0) != second.last(0), "two prompts give two rows of logits", "the rows are equal");

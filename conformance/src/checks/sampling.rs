@@ -13,22 +13,62 @@ use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
 
 const SAMPLING: Category = Category::Sampling;
 
-const fn check(id: &'static str, name: &'static str, clause: &'static str, run: fn(&mut Context<'_>) -> CheckResult) -> Check {
+const fn check(
+    id: &'static str,
+    name: &'static str,
+    clause: &'static str,
+    run: fn(&mut Context<'_>) -> CheckResult,
+) -> Check {
     Check::new(id, name, SAMPLING, clause, run).on(ModelSet::Only(TABLE_MODEL)).within(120)
 }
 
 pub(super) const CHECKS: &[Check] = &[
-    check("SMP-1", "sampling/plain_frequencies", "without filters every token comes as often as its softmax says", plain_frequencies),
+    check(
+        "SMP-1",
+        "sampling/plain_frequencies",
+        "without filters every token comes as often as its softmax says",
+        plain_frequencies,
+    ),
     check("SMP-2", "sampling/temperature", "temperature divides the logits", temperature),
     check("SMP-3", "sampling/top_k", "top_k keeps exactly the k most likely tokens", top_k),
     check("SMP-4", "sampling/top_p", "top_p keeps exactly the smallest set whose mass reaches p", top_p),
-    check("SMP-5", "sampling/order_of_filters", "temperature, then top-k, then top-p of what top-k left", order_of_filters),
-    check("SMP-6", "sampling/repetition_penalty", "the repetition penalty divides positive and multiplies negative logits", repetition_penalty),
-    check("SMP-7", "sampling/penalty_scope", "penalties count prompt and generated tokens, at every step", penalty_scope),
-    check("SMP-8", "sampling/frequency_and_presence", "frequency_penalty counts occurrences, presence_penalty does not", frequency_and_presence),
+    check(
+        "SMP-5",
+        "sampling/order_of_filters",
+        "temperature, then top-k, then top-p of what top-k left",
+        order_of_filters,
+    ),
+    check(
+        "SMP-6",
+        "sampling/repetition_penalty",
+        "the repetition penalty divides positive and multiplies negative logits",
+        repetition_penalty,
+    ),
+    check(
+        "SMP-7",
+        "sampling/penalty_scope",
+        "penalties count prompt and generated tokens, at every step",
+        penalty_scope,
+    ),
+    check(
+        "SMP-8",
+        "sampling/frequency_and_presence",
+        "frequency_penalty counts occurrences, presence_penalty does not",
+        frequency_and_presence,
+    ),
     check("SMP-9", "sampling/defaults_sample", "the default configuration samples", defaults_sample),
-    check("SMP-10", "sampling/every_step", "every token of a generation is drawn anew, by the rules, from its own logits", every_step),
-    check("SMP-11", "sampling/extreme_temperature", "the smallest and the largest temperatures do what they say", extreme_temperature),
+    check(
+        "SMP-10",
+        "sampling/every_step",
+        "every token of a generation is drawn anew, by the rules, from its own logits",
+        every_step,
+    ),
+    check(
+        "SMP-11",
+        "sampling/extreme_temperature",
+        "the smallest and the largest temperatures do what they say",
+        extreme_temperature,
+    ),
     check("SMP-12", "sampling/ties", "greedy takes the lowest id among equal maxima", ties),
 ];
 
@@ -237,7 +277,9 @@ fn repetition_penalty(ctx: &mut Context<'_>) -> CheckResult {
         let neutral = GenerationConfig { repetition_penalty: 1.0, ..config.clone() };
         let wrong_sign = table.distance(&Table::new(&divided, &tokens, &neutral));
         let none = table.distance(&Table::new(&logits, &tokens, &neutral));
-        ctx.note(format!("penalty {penalty}: {wrong_sign:.3} of the mass moves with the wrong sign, {none:.3} with none"));
+        ctx.note(format!(
+            "penalty {penalty}: {wrong_sign:.3} of the mass moves with the wrong sign, {none:.3} with none"
+        ));
         let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 2 * DRAWS)?;
         let what = format!("repetition_penalty {penalty}");
         hold(ctx, &what, &drawn, &table);
@@ -300,12 +342,7 @@ fn penalty_scope(ctx: &mut Context<'_>) -> CheckResult {
         ("frequency_penalty -1", GenerationConfig { frequency_penalty: -1.0, ..only.clone() }),
         (
             "all three",
-            GenerationConfig {
-                repetition_penalty: 1.7,
-                frequency_penalty: 0.7,
-                presence_penalty: 0.9,
-                ..only.clone()
-            },
+            GenerationConfig { repetition_penalty: 1.7, frequency_penalty: 0.7, presence_penalty: 0.9, ..only.clone() },
         ),
     ];
     for (what, config) in cases {
@@ -338,7 +375,8 @@ fn frequency_and_presence(ctx: &mut Context<'_>) -> CheckResult {
         let table = Table::new(&logits, &tokens, &config);
         let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
         hold(ctx, what, &drawn, &table);
-        let p = words.iter().collect::<std::collections::BTreeSet<_>>().into_iter().map(|&t| table.probability(t)).sum();
+        let p =
+            words.iter().collect::<std::collections::BTreeSet<_>>().into_iter().map(|&t| table.probability(t)).sum();
         let hits = drawn.iter().filter(|t| words.contains(t)).count();
         rate(ctx, &format!("{what}: draws of prompt tokens"), drawn.len(), hits, p);
     }
@@ -464,7 +502,9 @@ fn ties(ctx: &mut Context<'_>) -> CheckResult {
         }
     }
     if decided == 0 {
-        return Err(Stop::Inconclusive("this backend gives equal head rows unequal logits: no tie can be made".to_string()));
+        return Err(Stop::Inconclusive(
+            "this backend gives equal head rows unequal logits: no tie can be made".to_string(),
+        ));
     }
     Ok(())
 }

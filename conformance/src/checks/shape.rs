@@ -12,15 +12,40 @@ const SHAPE: Category = Category::Shape;
 pub(super) const CHECKS: &[Check] = &[
     Check::new("SHP-1", "shape/logits", SHAPE, "logits are [batch, seq, vocab] for every input position", logits)
         .on(ModelSet::Every),
-    Check::new("SHP-2", "shape/output_validates", SHAPE, "the output passes its own validation, and only at its size", output_validates),
+    Check::new(
+        "SHP-2",
+        "shape/output_validates",
+        SHAPE,
+        "the output passes its own validation, and only at its size",
+        output_validates,
+    ),
     Check::new("SHP-3", "shape/id_types", SHAPE, "u32 and i64 ids, contiguous or not, mean the same", id_types),
-    Check::new("SHP-4", "shape/attention_weights", SHAPE, "attention weights are [batch, heads, seq, total] a layer, sum to 1 and are causal", attention_weights)
-        .needs(|c| if c.attention_weights { Applicability::Run } else { Applicability::Unsupported("attention weights") }),
-    Check::new("SHP-5", "shape/hidden_states", SHAPE, "hidden states are the final normed state: the head's input", hidden_states)
-        .needs(|c| if c.hidden_states { Applicability::Run } else { Applicability::Unsupported("hidden states") })
+    Check::new(
+        "SHP-4",
+        "shape/attention_weights",
+        SHAPE,
+        "attention weights are [batch, heads, seq, total] a layer, sum to 1 and are causal",
+        attention_weights,
+    )
+    .needs(|c| if c.attention_weights { Applicability::Run } else { Applicability::Unsupported("attention weights") }),
+    Check::new(
+        "SHP-5",
+        "shape/hidden_states",
+        SHAPE,
+        "hidden states are the final normed state: the head's input",
+        hidden_states,
+    )
+    .needs(|c| if c.hidden_states { Applicability::Run } else { Applicability::Unsupported("hidden states") })
+    .on(ModelSet::Every),
+    Check::new(
+        "SHP-6",
+        "shape/optional_outputs_off",
+        SHAPE,
+        "attention weights and hidden states are None by default",
+        optional_outputs_off,
+    ),
+    Check::new("SHP-7", "shape/config", SHAPE, "config() says what config.json says and is valid", config)
         .on(ModelSet::Every),
-    Check::new("SHP-6", "shape/optional_outputs_off", SHAPE, "attention weights and hidden states are None by default", optional_outputs_off),
-    Check::new("SHP-7", "shape/config", SHAPE, "config() says what config.json says and is valid", config).on(ModelSet::Every),
     Check::new("SHP-8", "shape/device", SHAPE, "device() is where the logits are", device),
     Check::new("SHP-9", "shape/quantization", SHAPE, "supports_quantization answers as declared", quantization),
 ];

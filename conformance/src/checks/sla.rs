@@ -1,7 +1,7 @@
 //! Service levels, held with real measurements of verified output.
 
-use super::support::{forward, generate, greedy, ids, logits_of, mix, prompt, same_greedy, same_logits, until_eos};
 use super::stats::Rows;
+use super::support::{forward, generate, greedy, ids, logits_of, mix, prompt, same_greedy, same_logits, until_eos};
 use crate::case::{Category, Check, CheckResult, Context, Stop};
 use crate::measure;
 use crate::model::ModelFacts;
@@ -15,17 +15,48 @@ use std::time::{Duration, Instant};
 const SLA: Category = Category::Sla;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("SLA-1", "sla/gate", SLA, "decoding meets the default contract, with its output verified in the same run", gate)
-        .exclusive()
-        .within(180),
-    Check::new("SLA-2", "sla/time_to_first_token", SLA, "the first token of a prompt comes within the contract's latency for its tokens", time_to_first_token)
-        .exclusive()
-        .within(180),
-    Check::new("SLA-3", "sla/metrics_are_true", SLA, "times, operations and memory of a forward pass are what happened", metrics_are_true).exclusive(),
-    Check::new("SLA-4", "sla/determinism_is_free", SLA, "deterministic generation is no slower than sampling without a seed", determinism_is_free)
-        .exclusive()
-        .within(180),
-    Check::new("SLA-5", "sla/accuracy", SLA, "the monitor's accuracy contract holds for the worst golden position", accuracy),
+    Check::new(
+        "SLA-1",
+        "sla/gate",
+        SLA,
+        "decoding meets the default contract, with its output verified in the same run",
+        gate,
+    )
+    .exclusive()
+    .within(180),
+    Check::new(
+        "SLA-2",
+        "sla/time_to_first_token",
+        SLA,
+        "the first token of a prompt comes within the contract's latency for its tokens",
+        time_to_first_token,
+    )
+    .exclusive()
+    .within(180),
+    Check::new(
+        "SLA-3",
+        "sla/metrics_are_true",
+        SLA,
+        "times, operations and memory of a forward pass are what happened",
+        metrics_are_true,
+    )
+    .exclusive(),
+    Check::new(
+        "SLA-4",
+        "sla/determinism_is_free",
+        SLA,
+        "deterministic generation is no slower than sampling without a seed",
+        determinism_is_free,
+    )
+    .exclusive()
+    .within(180),
+    Check::new(
+        "SLA-5",
+        "sla/accuracy",
+        SLA,
+        "the monitor's accuracy contract holds for the worst golden position",
+        accuracy,
+    ),
 ];
 
 /// Decode steps that one measurement takes.
@@ -63,7 +94,12 @@ fn gate(ctx: &mut Context<'_>) -> CheckResult {
             seen.extend(super::support::Logits::of(&output)?.data);
         }
         // Speed of wrong output is no speed.
-        let right = same_logits(ctx, format!("logits of the timed steps, round {round}"), &seen, &expected.data[start * expected.vocab..]);
+        let right = same_logits(
+            ctx,
+            format!("logits of the timed steps, round {round}"),
+            &seen,
+            &expected.data[start * expected.vocab..],
+        );
         ctx.require(right, "verified output: the measurement counts", "wrong output: the measurement is void")?;
         best.push(median(walls));
     }
@@ -78,7 +114,8 @@ fn gate(ctx: &mut Context<'_>) -> CheckResult {
     ctx.check_ok(format!("PerformanceContract::default() at {latency:.3} ms a token"), verdict);
     let stats = monitor.get_performance_stats(Duration::from_secs(600));
     ctx.check_eq("violations", stats.violation_count, 0);
-    let target = if engine.device().is_cpu() { PerformanceContract::cpu_target() } else { PerformanceContract::gpu_target() };
+    let target =
+        if engine.device().is_cpu() { PerformanceContract::cpu_target() } else { PerformanceContract::gpu_target() };
     // The distance to the target is reported, not gated: the target is stated for the 2B model.
     ctx.measure("target_latency_ratio", latency / f64::from(target.max_token_latency_ms));
     Ok(())
@@ -126,7 +163,11 @@ fn metrics_are_true(ctx: &mut Context<'_>) -> CheckResult {
         let m = output.metrics;
         let total = millis(m.total_time);
         ctx.check(total > 0.0, "total_time above 0", total);
-        ctx.check_at_most("total_time in ms, against the caller's clock", total, millis(wall) * tolerance::CLOCK_SLACK + 1.0);
+        ctx.check_at_most(
+            "total_time in ms, against the caller's clock",
+            total,
+            millis(wall) * tolerance::CLOCK_SLACK + 1.0,
+        );
         owned = owned.max(total / millis(wall));
         let parts = m.embedding_time + m.attention_time + m.feedforward_time + m.normalization_time + m.logits_time;
         ctx.check_at_most("sum of the component times in ms", millis(parts), total * tolerance::CLOCK_SLACK + 0.5);
@@ -144,7 +185,11 @@ fn metrics_are_true(ctx: &mut Context<'_>) -> CheckResult {
         );
         ctx.check(m.peak_memory_usage > 0, "peak_memory_usage above 0", m.peak_memory_usage);
         let bandwidth = m.memory_bandwidth_usage;
-        ctx.check(bandwidth.is_finite() && bandwidth >= 0.0, "memory_bandwidth_usage finite and not negative", bandwidth);
+        ctx.check(
+            bandwidth.is_finite() && bandwidth >= 0.0,
+            "memory_bandwidth_usage finite and not negative",
+            bandwidth,
+        );
         let efficiency = m.efficiency_metrics();
         for (what, value) in [
             ("compute_utilization", efficiency.compute_utilization),
@@ -214,4 +259,3 @@ fn accuracy(ctx: &mut Context<'_>) -> CheckResult {
     ctx.measure_min(measure::WORST_CORRELATION, worst);
     Ok(())
 }
-

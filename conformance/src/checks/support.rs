@@ -5,8 +5,8 @@ use crate::case::{Context, Stop};
 use crate::model::ModelFacts;
 use crate::tolerance;
 use bitnet_contracts::{
-    BitNetInference, DType, Device, FinishReason, GenerationConfig, GenerationResult, InferenceError, InferenceOutput, KVCache,
-    Tensor,
+    BitNetInference, DType, Device, FinishReason, GenerationConfig, GenerationResult, InferenceError, InferenceOutput,
+    KVCache, Tensor,
 };
 use std::fmt::Display;
 
@@ -214,7 +214,7 @@ pub(super) fn other_token(facts: &ModelFacts, token: u32) -> u32 {
 #[track_caller]
 pub(super) fn same_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], expected: &[f32]) -> bool {
     let capabilities = ctx.capabilities();
-    if bitwise(ctx) {
+    if capabilities.bitwise {
         return ctx.check_bits(what, seen, expected);
     }
     if (capabilities.semantics, capabilities.noise) == (Semantics::Fp32, Noise::F32) {
@@ -245,7 +245,7 @@ pub(super) fn same_greedy(
     expected: &[u32],
 ) -> Result<bool, Stop> {
     let first = seen.iter().zip(expected).position(|(s, e)| s != e);
-    if let (false, Some(step)) = (bitwise(ctx), first) {
+    if let (false, Some(step)) = (ctx.capabilities().bitwise, first) {
         let mut tokens = prompt.to_vec();
         tokens.extend(&expected[..step]);
         let (_, margin) = super::stats::top_two(logits_of(engine, &tokens)?.last(0));
@@ -255,11 +255,6 @@ pub(super) fn same_greedy(
         }
     }
     Ok(ctx.check_slices(what, seen, expected))
-}
-
-/// Whether the backend claims that chunking, batching and threads leave every bit as it is.
-pub(super) fn bitwise(ctx: &Context<'_>) -> bool {
-    ctx.capabilities().semantics == Semantics::W158A8 && ctx.capabilities().noise == Noise::F32
 }
 
 /// How far apart two logits must be for the backend's own noise not to swap them.

@@ -79,8 +79,7 @@ impl Table {
 
     /// Half the summed difference of probabilities: 0 for equal tables, 1 for disjoint ones.
     pub(super) fn distance(&self, other: &Self) -> f64 {
-        let missing: f64 =
-            other.allowed.iter().filter(|(t, _)| self.probability(*t) == 0.0).map(|(_, p)| p).sum();
+        let missing: f64 = other.allowed.iter().filter(|(t, _)| self.probability(*t) == 0.0).map(|(_, p)| p).sum();
         let shared: f64 = self.allowed.iter().map(|(t, p)| (p - other.probability(*t)).abs()).sum();
         (missing + shared) / 2.0
     }
@@ -148,12 +147,8 @@ mod tests {
 
     #[test]
     fn penalties_push_down_on_both_sides_of_zero_and_count() {
-        let config = GenerationConfig {
-            repetition_penalty: 2.0,
-            frequency_penalty: 0.5,
-            presence_penalty: 0.25,
-            ..config()
-        };
+        let config =
+            GenerationConfig { repetition_penalty: 2.0, frequency_penalty: 0.5, presence_penalty: 0.25, ..config() };
         // id 9 is out of range and is passed over.
         assert_eq!(penalised(&[4.0, -4.0, 1.0], &[0, 1, 1, 9], &config), [2.0 - 0.75, -8.0 - 1.25, 1.0]);
     }

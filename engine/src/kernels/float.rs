@@ -112,7 +112,7 @@ pub(super) fn all_finite(x: &[f32]) -> bool {
 /// Our own, so that it vectorises and gives the same bits on every instruction set and platform.
 #[inline(always)]
 fn exp_nonpositive(x: f32) -> f32 {
-    const LN2_HI: f32 = 0.693_359_375;
+    const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
     let clamped = if x < -87.0 { -87.0 } else { x };
     let shifted = clamped * std::f32::consts::LOG2_E + ROUND;

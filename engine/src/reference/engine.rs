@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use bitnet_contracts::{
     BitNetInference, CacheOwner, CacheStorage, ConfigurationError, Device, ForwardPassError, ForwardPassMetrics,
-    GenerationConfig, GenerationError, GenerationResult, InferenceError, InferenceOutput, InputValidator, KVCache, MemoryUsage,
-    ModelConfig, QuantizationType, Result, StandardInputValidator, Tensor, ThreadSafeInference,
+    GenerationConfig, GenerationError, GenerationResult, InferenceError, InferenceOutput, InputValidator, KVCache,
+    MemoryUsage, ModelConfig, QuantizationType, Result, StandardInputValidator, Tensor, ThreadSafeInference,
 };
 
 use super::weights::dense_elements;
@@ -99,7 +99,14 @@ pub struct Clock {
 impl Clock {
     fn start() -> Self {
         let zero = Duration::ZERO;
-        Self { last: Instant::now(), embedding: zero, attention: zero, feed_forward: zero, normalization: zero, logits: zero }
+        Self {
+            last: Instant::now(),
+            embedding: zero,
+            attention: zero,
+            feed_forward: zero,
+            normalization: zero,
+            logits: zero,
+        }
     }
 
     /// Adds the time since the last lap to one of the counters.
@@ -350,13 +357,19 @@ impl<M: DenseModel> BitNetInference for DenseEngine<M> {
         let (output, layers) = self.compute(&batch, &past, begin)?;
         // Nothing can fail from here on: the room was checked, and the storage is the one above or an empty cache's.
         if let Some(cache) = kv_cache {
-            *cache.storage::<DenseCache<M>>(&shared.owner, DenseCache::empty)? = DenseCache { layers, batch: batch.batch };
+            *cache.storage::<DenseCache<M>>(&shared.owner, DenseCache::empty)? =
+                DenseCache { layers, batch: batch.batch };
             cache.advance(batch.seq)?;
         }
         Ok(output)
     }
 
-    fn generate(&mut self, prompt_tokens: &[u32], max_tokens: usize, config: &GenerationConfig) -> Result<GenerationResult> {
+    fn generate(
+        &mut self,
+        prompt_tokens: &[u32],
+        max_tokens: usize,
+        config: &GenerationConfig,
+    ) -> Result<GenerationResult> {
         let shared = self.shared.clone();
         let context = GenerationContext {
             config: &shared.config,
@@ -367,7 +380,12 @@ impl<M: DenseModel> BitNetInference for DenseEngine<M> {
         generate::generate(self, &context, prompt_tokens, max_tokens, config, &mut |_| ())
     }
 
-    fn generate_deterministic(&mut self, prompt_tokens: &[u32], max_tokens: usize, seed: u64) -> Result<GenerationResult> {
+    fn generate_deterministic(
+        &mut self,
+        prompt_tokens: &[u32],
+        max_tokens: usize,
+        seed: u64,
+    ) -> Result<GenerationResult> {
         let config = GenerationConfig { seed: Some(seed), ..GenerationConfig::default() };
         self.generate(prompt_tokens, max_tokens, &config)
     }
@@ -410,15 +428,8 @@ impl<M: DenseModel> StepModel for DenseEngine<M> {
             return Err(GenerationError::ContextExhausted { position: end, max_positions }.into());
         }
         let batch = TokenBatch { batch: 1, seq: tokens.len(), tokens: tokens.to_vec(), start };
-        let input = Input {
-            tokens,
-            batch: 1,
-            seq: batch.seq,
-            start,
-            every_position: false,
-            attention: false,
-            hidden: false,
-        };
+        let input =
+            Input { tokens, batch: 1, seq: batch.seq, start, every_position: false, attention: false, hidden: false };
         let pass = shared.model.forward(&input, &self.session, &mut Clock::start())?;
         // While the pass ran, the shorter keys and values of the session were held beside the new ones.
         let new = layer_bytes::<M>(&pass.layers);

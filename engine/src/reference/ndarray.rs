@@ -99,7 +99,8 @@ impl DenseModel for NdarrayModel {
             return Err(unstable("the logits", None));
         }
         clock.lap(|c| &mut c.logits);
-        let hidden = || Tensor::from_vec(normed.iter().map(|&x| x as f32).collect(), (batch, (), d.hidden_size), &Device::Cpu);
+        let hidden =
+            || Tensor::from_vec(normed.iter().map(|&x| x as f32).collect(), (batch, (), d.hidden_size), &Device::Cpu);
         Ok(Pass {
             logits,
             attention,
@@ -154,7 +155,13 @@ impl NdarrayModel {
     }
 
     /// The first positions of the past with the new ones, `[batch * seq, KV heads * d]`, behind them.
-    fn append(&self, past: Option<&KeysValues>, input: &Input<'_>, keys: Array2<f64>, values: Array2<f64>) -> Result<KeysValues> {
+    fn append(
+        &self,
+        past: Option<&KeysValues>,
+        input: &Input<'_>,
+        keys: Array2<f64>,
+        values: Array2<f64>,
+    ) -> Result<KeysValues> {
         let d = &self.description;
         let shape = (input.batch, input.seq, d.num_key_value_heads, d.head_dim());
         let join = |past: Option<&ArcArray<f64, Ix4>>, new: Array2<f64>| -> Result<ArcArray<f64, Ix4>> {
@@ -181,7 +188,8 @@ impl NdarrayModel {
         probabilities: Option<&mut Vec<Tensor>>,
     ) -> Result<Array2<f64>> {
         let (batch, seq, total) = (input.batch, input.seq, input.start + input.seq);
-        let (heads, group, d) = (self.description.num_attention_heads, self.description.group_size(), self.description.head_dim());
+        let (heads, group, d) =
+            (self.description.num_attention_heads, self.description.group_size(), self.description.head_dim());
         let mut out = Array2::zeros(q.raw_dim());
         let mut recorded = Vec::new();
         for b in 0..batch {

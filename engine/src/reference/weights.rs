@@ -56,7 +56,8 @@ impl<M, V> Weights<M, V> {
         let (h, f, kv) = (d.hidden_size, d.intermediate_size, d.kv_size());
         let layer = |n: usize| {
             let name = |part: &str| format!("model.layers.{n}.{part}");
-            let linear = |part: &str, rows, columns| matrix(dense(checkpoint, &name(part), rows, columns)?, rows, columns);
+            let linear =
+                |part: &str, rows, columns| matrix(dense(checkpoint, &name(part), rows, columns)?, rows, columns);
             let norm = |part: &str, len| vector(checkpoint.vector(&name(part), len)?);
             Ok(LayerWeights {
                 input_norm: norm("input_layernorm.weight", h)?,

@@ -23,7 +23,7 @@ impl<'a> HfPacked<'a> {
     /// # Errors
     /// `QuantizationError::LayoutMismatch` when the byte count is not that of `rows` x `columns` or rows are not a multiple of 4.
     pub fn new(name: &str, bytes: &'a [u8], rows: usize, columns: usize) -> Result<Self> {
-        if rows % 4 != 0 || (rows / 4).checked_mul(columns) != Some(bytes.len()) {
+        if !rows.is_multiple_of(4) || (rows / 4).checked_mul(columns) != Some(bytes.len()) {
             return Err(QuantizationError::LayoutMismatch {
                 tensor: name.to_string(),
                 expected: format!("{rows} x {columns} trits, four rows a byte, rows a multiple of 4"),

@@ -127,8 +127,17 @@ fn regenerate_command(out: Option<PathBuf>, only: &[String]) -> Result<bool, Gol
 
 fn verify_command(only: Vec<String>) -> Result<bool, GoldenError> {
     let bar = bar("{spinner} {msg:30} {pos} positions {elapsed}");
-    let mut table =
-        table(&["case", "rows", "fp32 max", "w1.58a8 flip-free", "their max", "all max", "worst Pearson", "verdict"]);
+    let mut table = table(&[
+        "case",
+        "rows",
+        "fp32 max",
+        "w1.58a8 flip-free",
+        "within 1e-5",
+        "their max",
+        "all max",
+        "worst Pearson",
+        "verdict",
+    ]);
     let mut breaches = Vec::new();
     let (mut rows, mut flip_free) = (0, 0);
     for case in chosen(only)? {
@@ -142,6 +151,7 @@ fn verify_command(only: Vec<String>) -> Result<bool, GoldenError> {
             gap.rows.to_string(),
             format!("{:.1e}", gap.fp32_max_abs),
             format!("{:.1} %", 100.0 * gap.flip_free_share()),
+            format!("{} of {}", gap.w158a8_flip_free_within_1e5, gap.w158a8_flip_free_rows),
             format!("{:.1e}", gap.w158a8_flip_free_max_abs),
             format!("{:.1e}", gap.w158a8_max_abs),
             format!("{:.6}", gap.w158a8_worst_pearson),
@@ -199,7 +209,7 @@ fn list_command() -> Result<bool, GoldenError> {
             Some(seed) => format!("{}, seed {seed}", case.model.source),
             None => case.model.source.clone(),
         };
-        let names: Vec<&str> = case.prompts.iter().map(|(name, ..)| name.as_str()).collect();
+        let names: Vec<&str> = case.prompts.keys().map(String::as_str).collect();
         table.add_row([
             case.case.clone(),
             source,

@@ -178,3 +178,44 @@ fn ternarise(weights: &[f64], inputs: usize) -> Linear {
     let trits = weights.iter().map(|&w| (w as f32 * inverse).round_ties_even().clamp(-1.0, 1.0) as i8).collect();
     Linear { inputs, trits, scale: f64::from(1.0 / inverse) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masters_become_trits_and_their_mean_magnitude() {
+        // Mean magnitude 1: 0.5 ties to even, which is 0; 0.6 rounds up; 2.5 is clamped.
+        let linear = ternarise(&[0.5, 0.6, -2.5, 0.4], 2);
+        assert_eq!(linear.trits, [0, 1, -1, 0]);
+        assert_eq!(linear.scale, 1.0);
+    }
+
+    #[test]
+    fn damaged_files_are_errors() {
+        let fixture = fixtures::preset("context-32", 1).expect("preset");
+        let (config, weights) = (fixture.config_json(), fixture.weights());
+        for cut in [0, 7, 8, 100, weights.len() - 1] {
+            let error = super::super::Oracle::from_bytes(config, &weights[..cut]).err();
+            assert!(matches!(error, Some(OracleError::Weights(_))), "cut at {cut}: {error:?}");
+        }
+        let mut huge = weights.to_vec();
+        huge[..8].fill(0xff);
+        assert!(matches!(super::super::Oracle::from_bytes(config, &huge).err(), Some(OracleError::Weights(_))));
+        let text = String::from_utf8(config.to_vec()).expect("text");
+        for (from, to) in [
+            ("\"num_attention_heads\": 4", "\"num_attention_heads\": 0"),
+            ("\"num_attention_heads\": 4", "\"num_attention_heads\": 3"),
+            ("\"hidden_act\": \"relu2\"", "\"hidden_act\": \"silu\""),
+            ("\"vocab_size\": 127", "\"vocab_size\": 0"),
+        ] {
+            assert!(text.contains(from), "{text}");
+            let config = text.replace(from, to);
+            let error = super::super::Oracle::from_bytes(config.as_bytes(), weights).err();
+            assert!(matches!(error, Some(OracleError::Config(_))), "{to}: {error:?}");
+        }
+        let wrong_shape = text.replace("\"hidden_size\": 64", "\"hidden_size\": 128");
+        let error = super::super::Oracle::from_bytes(wrong_shape.as_bytes(), weights).err();
+        assert!(matches!(error, Some(OracleError::Weights(_))), "{error:?}");
+    }
+}

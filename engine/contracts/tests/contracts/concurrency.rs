@@ -106,6 +106,7 @@ fn a_parallel_handle_makes_its_copy_once_and_only_when_needed() {
     assert_eq!(engine.memory_usage().kv_cache, 0);
 
     let mut clone = engine.clone();
+    assert_eq!(copies.load(Ordering::SeqCst), 1, "a clone costs nothing until it needs a copy");
     clone.generate(&[1], 2, &greedy()).unwrap();
     assert_eq!(copies.load(Ordering::SeqCst), 2, "a clone has a copy of its own");
     assert_eq!(engine.memory_usage().kv_cache, 0, "and its state does not show here");
