@@ -8,7 +8,8 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 fn engine(c: &mut Criterion) {
     let prompt: Vec<u32> = (0..128).map(|i| (i * 7919 + 17) % 4096).collect();
     for threads in [1, 2] {
-        let mut engine = CpuEngine::embedded(&EngineOptions::default().with_threads(threads)).expect("the embedded model");
+        let mut engine =
+            CpuEngine::embedded(&EngineOptions::default().with_threads(threads)).expect("the embedded model");
         let whole = engine.feed(&prompt).expect("a prompt").to_vec();
         engine.reset().expect("reset");
         engine.feed(&prompt[..127]).expect("a prompt");

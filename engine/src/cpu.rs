@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bitnet_contracts::{
-    BitNetInference, CacheOwner, CacheStorage, Device, ForwardPassMetrics, GenerationConfig, GenerationResult, InferenceOutput,
-    InputValidator, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, StandardInputValidator, Tensor,
-    ThreadSafeInference,
+    BitNetInference, CacheOwner, CacheStorage, Device, ForwardPassMetrics, GenerationConfig, GenerationResult,
+    InferenceOutput, InputValidator, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result,
+    StandardInputValidator, Tensor, ThreadSafeInference,
 };
 
 use crate::forward::{AttentionWeights, CpuCache, Observed, Row, Run, Times, Transformer};
@@ -205,7 +205,14 @@ impl CpuEngine {
         usage
     }
 
-    fn metrics(&self, times: Times, total: Duration, batch: &TokenBatch, cache_bytes: usize, peak: usize) -> ForwardPassMetrics {
+    fn metrics(
+        &self,
+        times: Times,
+        total: Duration,
+        batch: &TokenBatch,
+        cache_bytes: usize,
+        peak: usize,
+    ) -> ForwardPassMetrics {
         let config = &self.shared.config;
         ForwardPassMetrics {
             total_time: total,
@@ -227,7 +234,8 @@ impl CpuEngine {
     fn tensors(&self, observed: Observed, batch: &TokenBatch, output: &mut InferenceOutput) -> Result<()> {
         let config = &self.shared.config;
         if let Some(hidden) = observed.hidden {
-            output.hidden_states = Some(Tensor::from_vec(hidden, (batch.batch, batch.seq, config.hidden_size), &Device::Cpu)?);
+            output.hidden_states =
+                Some(Tensor::from_vec(hidden, (batch.batch, batch.seq, config.hidden_size), &Device::Cpu)?);
         }
         if let Some(attention) = observed.attention {
             let shape = (batch.batch, config.num_attention_heads, batch.seq, batch.start + batch.seq);
@@ -283,11 +291,21 @@ impl BitNetInference for CpuEngine {
         Ok(output)
     }
 
-    fn generate(&mut self, prompt_tokens: &[u32], max_tokens: usize, config: &GenerationConfig) -> Result<GenerationResult> {
+    fn generate(
+        &mut self,
+        prompt_tokens: &[u32],
+        max_tokens: usize,
+        config: &GenerationConfig,
+    ) -> Result<GenerationResult> {
         self.generate_streaming(prompt_tokens, max_tokens, config, &mut |_| ())
     }
 
-    fn generate_deterministic(&mut self, prompt_tokens: &[u32], max_tokens: usize, seed: u64) -> Result<GenerationResult> {
+    fn generate_deterministic(
+        &mut self,
+        prompt_tokens: &[u32],
+        max_tokens: usize,
+        seed: u64,
+    ) -> Result<GenerationResult> {
         let config = GenerationConfig { seed: Some(seed), ..GenerationConfig::default() };
         self.generate(prompt_tokens, max_tokens, &config)
     }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bitnet_contracts::{
-    DType, Device, ForwardPassError, ForwardPassMetrics, InferenceOutput, InputValidator, KVCache, MemoryUsage, ModelConfig,
-    Result, StandardInputValidator, Tensor, TokenizationError,
+    DType, Device, ForwardPassError, ForwardPassMetrics, InferenceOutput, InputValidator, KVCache, MemoryUsage,
+    ModelConfig, Result, StandardInputValidator, Tensor, TokenizationError,
 };
 
 /// How an engine is made.
@@ -88,7 +88,10 @@ impl TokenBatch {
             if start.saturating_add(seq) > config.max_position_embeddings {
                 return Err(ForwardPassError::KVCacheError {
                     operation: "append".to_string(),
-                    reason: format!("{start} positions held, {seq} more, the model has {}", config.max_position_embeddings),
+                    reason: format!(
+                        "{start} positions held, {seq} more, the model has {}",
+                        config.max_position_embeddings
+                    ),
                 }
                 .into());
             }
@@ -101,7 +104,10 @@ impl TokenBatch {
                 ids.into_iter().map(|id| u32::try_from(id).unwrap_or(u32::MAX)).collect()
             }
             other => {
-                return Err(ForwardPassError::InvalidInput { reason: format!("token ids are {other:?}, expected u32 or i64") }.into());
+                return Err(ForwardPassError::InvalidInput {
+                    reason: format!("token ids are {other:?}, expected u32 or i64"),
+                }
+                .into());
             }
         };
         for row in tokens.chunks_exact(seq) {

@@ -28,7 +28,8 @@ fn logits_are_the_same_bits_on_every_path() {
     };
     for isa in Isa::available() {
         for threads in [1, 2, 3] {
-            let mut engine = CpuEngine::embedded(&EngineOptions::default().with_isa(isa).with_threads(threads)).unwrap();
+            let mut engine =
+                CpuEngine::embedded(&EngineOptions::default().with_isa(isa).with_threads(threads)).unwrap();
             let whole = engine.forward(&ids(&tokens, 1), None).unwrap();
             assert!(bits(&whole.logits) == reference, "{isa}, {threads} threads");
             let mut cache = KVCache::new(150);
@@ -142,7 +143,9 @@ fn broken_folders_are_typed_errors() {
         assert!(matches!(load(), InferenceError::Model(_)), "cut to {cut} bytes");
     }
     std::fs::remove_file(&weights).unwrap();
-    assert!(matches!(load(), InferenceError::Model(ModelError::FileNotFound { path }) if path.ends_with("model.safetensors")));
+    assert!(
+        matches!(load(), InferenceError::Model(ModelError::FileNotFound { path }) if path.ends_with("model.safetensors"))
+    );
     assert!(Checkpoint::open(&ModelSource::Folder("no such folder".into())).is_err());
 }
 

@@ -373,6 +373,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_no_trit_or_no_known_class_is_refused() {
+        let fixture = fixtures::preset("gqa1-tied-bf16", 1).expect("a preset");
+        let config = String::from_utf8(fixture.config_json().to_vec()).expect("JSON is text");
+        assert!(Oracle::from_bytes(config.as_bytes(), fixture.weights()).is_ok());
+        let other = config.replace("autobitlinear", "another");
+        assert!(matches!(Oracle::from_bytes(other.as_bytes(), fixture.weights()), Err(OracleError::Config(_))));
+
+        let file = safetensors::SafeTensors::deserialize(fixture.weights()).expect("a fixture");
+        let packed = file.tensor("model.layers.1.mlp.up_proj.weight").expect("a projection").data();
+        let at = packed.as_ptr() as usize - fixture.weights().as_ptr() as usize;
+        let mut weights = fixture.weights().to_vec();
+        weights[at] |= 0b1100;
+        assert!(matches!(Oracle::from_bytes(config.as_bytes(), &weights), Err(OracleError::Weights(_))));
+    }
+
+    #[test]
     fn codes_round_half_to_even_and_clamp() {
         // a = 127, so k is 1 after two roundings or one off it; with a = 1 it is exactly 127.
         let (codes, k) = quantise(&[1.0, 0.5 / 127.0, 1.5 / 127.0, -2.5 / 127.0, 0.0]);

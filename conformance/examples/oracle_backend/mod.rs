@@ -3,17 +3,18 @@
 //! It keeps no keys and values. Its cache storage is the token ids seen so far, and a call computes the whole sequence
 //! again, which is the plainest way to make chunking invisible.
 
+mod cache;
+mod model;
 mod sampling;
 
 use bitnet_contracts::{
-    BitNetInference, CacheOwner, CacheStorage, ConfigurationError, DType, Device, FinishReason, ForwardPassError,
-    ForwardPassMetrics, GenerationConfig, GenerationResult, GenerationTiming, InferenceError, InferenceOutput,
-    InputValidator, KVCache, MemoryUsage, ModelConfig, ModelError, QuantizationType, Result, StandardInputValidator,
-    Tensor, TokenizationError,
+    BitNetInference, CacheOwner, ConfigurationError, DType, Device, FinishReason, ForwardPassError, ForwardPassMetrics,
+    GenerationConfig, GenerationResult, GenerationTiming, InferenceError, InferenceOutput, InputValidator, KVCache,
+    MemoryUsage, ModelConfig, ModelError, QuantizationType, Result, StandardInputValidator, Tensor, TokenizationError,
 };
-use conformance::{BackendFactory, Capabilities, ModelFacts, ModelFixture, Semantics};
+use cache::SeenIds;
+use conformance::{BackendFactory, Capabilities, ModelFixture, Semantics};
 use golden::oracle::{Oracle, Run};
-use std::any::Any;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -44,41 +45,20 @@ pub struct OracleBackend {
     peak_bytes: usize,
 }
 
-/// The ids that went through the cache, one list a sequence of the batch.
-struct SeenIds(Vec<Vec<u32>>);
-
-impl CacheStorage for SeenIds {
-    fn truncate(&mut self, len: usize) {
-        self.0.iter_mut().for_each(|row| row.truncate(len));
-    }
-
-    fn memory_bytes(&self) -> usize {
-        self.0.iter().map(|row| row.capacity() * size_of::<u32>()).sum()
-    }
-
-    fn as_any(&self) -> &dyn Any {
-        self
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
-    }
-}
-
 impl OracleBackend {
-    fn load(model: &ModelFixture) -> Result<Self> {
+    fn load(fixture: &ModelFixture) -> Result<Self> {
         static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
-        let path = model.dir().display().to_string();
-        if !model.dir().join("config.json").is_file() {
+        let path = fixture.dir().display().to_string();
+        if !fixture.dir().join("config.json").is_file() {
             return Err(ModelError::FileNotFound { path: format!("{path}/config.json") }.into());
         }
         let failed = |reason: String| InferenceError::Model(ModelError::LoadingFailed { path: path.clone(), reason });
         // What the folder says now, not what was said of it.
-        let facts = ModelFixture::open(model.name(), model.dir()).map_err(|e| failed(e.to_string()))?.config;
-        let config = model_config(&facts, model.name());
+        let facts = ModelFixture::open(fixture.name(), fixture.dir()).map_err(|e| failed(e.to_string()))?.config;
+        let config = model::model_config(&facts, fixture.name());
         config.validate()?;
-        let oracle = Oracle::load(model.dir()).map_err(|e| failed(e.to_string()))?;
-        let weight_bytes = weight_bytes(&facts);
+        let oracle = Oracle::load(fixture.dir()).map_err(|e| failed(e.to_string()))?;
+        let weight_bytes = model::weight_bytes(&facts);
         let owner = CacheOwner { backend: "oracle".to_string(), model: NEXT_MODEL.fetch_add(1, Ordering::Relaxed) };
         Ok(Self { oracle, config, eos: facts.eos, owner, weight_bytes, peak_bytes: weight_bytes })
     }
@@ -129,34 +109,6 @@ fn step(run: &mut Run<'_>, token: u32) -> Result<Vec<f32>> {
         return Err(ForwardPassError::NumericalInstability { details }.into());
     }
     Ok(row)
-}
-
-/// What the oracle holds: a byte for each ternary weight, an f64 for every other.
-fn weight_bytes(facts: &ModelFacts) -> usize {
-    let (hidden, ffn, kv) = (facts.hidden_size, facts.intermediate_size, facts.kv_heads * facts.head_dim);
-    let ternary = facts.layers * hidden * (2 * hidden + 2 * kv + 3 * ffn);
-    let tables = if facts.tied { 1 } else { 2 };
-    let floats = tables * facts.vocab_size * hidden + facts.layers * (3 * hidden + ffn) + hidden;
-    ternary + floats * size_of::<f64>()
-}
-
-/// What the contracts say of a model, from what `config.json` says.
-fn model_config(facts: &ModelFacts, name: &str) -> ModelConfig {
-    ModelConfig {
-        hidden_size: facts.hidden_size,
-        num_layers: facts.layers,
-        num_attention_heads: facts.heads,
-        num_key_value_heads: facts.kv_heads,
-        intermediate_size: facts.intermediate_size,
-        vocab_size: facts.vocab_size,
-        max_position_embeddings: facts.max_positions,
-        rope_theta: facts.rope_theta as f32,
-        quantization_type: QuantizationType::I2S,
-        quantization_accuracy: 0.99,
-        model_type: "bitnet".to_string(),
-        model_name: Some(name.to_string()),
-        version: "1".to_string(),
-    }
 }
 
 impl BitNetInference for OracleBackend {

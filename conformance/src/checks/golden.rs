@@ -315,6 +315,9 @@ fn edited(ctx: &Context<'_>, name: &str, model: &Model, tokens: &[u32]) -> Resul
     Ok(logits_of(engine.as_mut(), tokens)?.data)
 }
 
+/// A change to a model.
+type Edit = fn(&mut Model) -> CheckResult;
+
 /// The scales of a model, each replaced by its reciprocal rounded to f32.
 fn invert_scales(model: &mut Model) -> CheckResult {
     for held in model.tensors.iter_mut().filter(|(name, _)| name.ends_with("weight_scale")).map(|(_, held)| held) {
@@ -384,7 +387,7 @@ fn facts_are_read(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), 9, 710);
     let original = Model::read(ctx.model().dir())?;
     let base = edited(ctx, "as-it-was", &original, &tokens)?;
-    let changes: [(&str, fn(&mut Model) -> CheckResult); 6] = [
+    let changes: [(&str, Edit); 6] = [
         ("another RoPE base", |m| {
             m.set("rope_theta", json!(100.0));
             m.set("rope_parameters", Value::Null);

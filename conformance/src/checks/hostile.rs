@@ -41,6 +41,11 @@ pub(super) const CHECKS: &[Check] = &[
 const NORM: &str = "model.layers.1.input_layernorm.weight";
 const PROJECTION: &str = "model.layers.0.self_attn.q_proj.weight";
 
+/// A change to a model.
+type Edit = fn(&mut Model) -> CheckResult;
+/// A change to the header of its weight file.
+type HeaderEdit = fn(&mut Value);
+
 /// A place for one edited model.
 fn place(ctx: &Context<'_>, name: &str) -> PathBuf {
     ctx.scratch().join(name.replace(|c: char| !c.is_ascii_alphanumeric(), "-"))
@@ -235,7 +240,7 @@ fn broken_weights(ctx: &mut Context<'_>) -> CheckResult {
         bytes[..8].copy_from_slice(&length.to_le_bytes());
         refuse_weights(ctx, what, &config, &bytes)?;
     }
-    let headers: [(&str, fn(&mut Value)); 6] = [
+    let headers: [(&str, HeaderEdit); 6] = [
         ("data beyond the file", |h| h[NORM]["data_offsets"] = json!([0, 1u64 << 40])),
         ("offsets that run backwards", |h| h[NORM]["data_offsets"] = json!([400, 16])),
         ("a shape whose product overflows", |h| h[NORM]["shape"] = json!([1u64 << 33, 1u64 << 33])),
@@ -246,7 +251,7 @@ fn broken_weights(ctx: &mut Context<'_>) -> CheckResult {
     for (what, change) in headers {
         refuse_weights(ctx, what, &config, &with_header(&good, change)?)?;
     }
-    let edits: [(&str, fn(&mut Model) -> CheckResult); 8] = [
+    let edits: [(&str, Edit); 8] = [
         ("a missing norm", |m| removed(m, NORM)),
         ("a missing projection", |m| removed(m, PROJECTION)),
         ("a missing weight scale", |m| removed(m, "model.layers.2.mlp.up_proj.weight_scale")),

@@ -360,10 +360,9 @@ fn two_caches(ctx: &mut Context<'_>) -> CheckResult {
     }
     let mut caches = [KVCache::new(6), KVCache::new(6)];
     let mut together = [Vec::new(), Vec::new()];
-    for step in 0..6 {
-        for session in 0..2 {
-            let input = [vec![tokens[session][step]]];
-            together[session].extend(forward(engine.as_mut(), &input, Some(&mut caches[session]))?.data);
+    for (&a, &b) in tokens[0].iter().zip(&tokens[1]) {
+        for (session, token) in [a, b].into_iter().enumerate() {
+            together[session].extend(forward(engine.as_mut(), &[vec![token]], Some(&mut caches[session]))?.data);
         }
     }
     for session in 0..2 {

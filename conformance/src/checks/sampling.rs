@@ -156,8 +156,11 @@ fn warm(logits: &[f32], history: &[u32], config: &GenerationConfig, share: f64) 
     (high * 1e4).round() / 1e4
 }
 
-/// The engine, a prompt, and the logits that follow it.
-fn start(ctx: &Context<'_>, len: usize, salt: u64) -> Result<(Box<dyn BitNetInference>, Vec<u32>, Vec<f32>), Stop> {
+/// An engine, a prompt, and the logits that follow it.
+type Start = (Box<dyn BitNetInference>, Vec<u32>, Vec<f32>);
+
+/// Makes an engine and a prompt of `len` tokens, and evaluates it.
+fn start(ctx: &Context<'_>, len: usize, salt: u64) -> Result<Start, Stop> {
     let mut engine = ctx.engine()?;
     let tokens = prompt(ctx.facts(), len, salt);
     let logits = logits_of(engine.as_mut(), &tokens)?.last(0).to_vec();

@@ -153,6 +153,7 @@ fn check_attention(ctx: &mut Context<'_>, what: &str, values: &[f32], seq: usize
         late = weights[position + 1..].iter().fold(late, |m, &w| m.max(w.abs()));
     }
     ctx.compared(values.len());
+    ctx.measure_max("attention_sum_error", worst_sum);
     ctx.check_at_most(format!("{what}: distance of a row's sum from 1"), worst_sum, tolerance::ATTENTION_SUM);
     ctx.check_eq(format!("{what}: lowest weight below zero"), negative, 0.0);
     ctx.check_eq(format!("{what}: largest weight on a later position"), late, 0.0);
@@ -186,6 +187,8 @@ fn hidden_states(ctx: &mut Context<'_>) -> CheckResult {
         Noise::F32 => tolerance::HEAD_RELATIVE,
         Noise::Coarse => tolerance::HEAD_RELATIVE_COARSE,
     };
+    let worst = product.iter().zip(&logits.data).fold(0.0f64, |m, (a, b)| m.max(f64::from((a - b).abs())));
+    ctx.measure("head_relative_error", worst / reach.max(1.0));
     ctx.check_close("hidden states times the head", &product, &logits.data, relative * reach.max(1.0));
     Ok(())
 }
@@ -247,10 +250,10 @@ fn quantization(ctx: &mut Context<'_>) -> CheckResult {
     let engine = ctx.engine()?;
     for kind in [QuantizationType::I2S, QuantizationType::TL1, QuantizationType::TL2] {
         let declared = ctx.capabilities().quantization.contains(&kind);
-        ctx.check_eq(format!("supports_quantization({kind:?})"), engine.supports_quantization(kind.clone()), declared);
+        ctx.check_eq(format!("supports_quantization({kind:?})"), engine.supports_quantization(kind), declared);
     }
-    let own = engine.config().quantization_type.clone();
-    let supported = engine.supports_quantization(own.clone());
+    let own = engine.config().quantization_type;
+    let supported = engine.supports_quantization(own);
     ctx.check(supported, format!("the type in use, {own:?}, is supported"), "it is not");
     Ok(())
 }

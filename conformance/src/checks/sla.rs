@@ -178,6 +178,7 @@ fn metrics_are_true(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check((rate - expected).abs() <= 0.01 * expected, format!("throughput({length}) = {expected}"), rate);
         let flops = 2.0 * weights_met(&facts) * length as f64;
         let ratio = m.flops_estimate as f64 / flops;
+        ctx.measure_max("flops_ratio", ratio);
         ctx.check(
             (1.0 / tolerance::FLOPS_FACTOR..=tolerance::FLOPS_FACTOR).contains(&ratio),
             format!("flops_estimate near {flops:.0} for {length} tokens"),
@@ -198,6 +199,7 @@ fn metrics_are_true(ctx: &mut Context<'_>) -> CheckResult {
             ctx.check((0.0..=1.05).contains(&value), format!("{what} of 0 to 1"), value);
         }
     }
+    ctx.measure("time_owned", owned);
     ctx.check_at_least("share of the caller's time that total_time owns up to, at best", owned, tolerance::TIME_OWNED);
     Ok(())
 }

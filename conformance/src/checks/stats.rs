@@ -36,7 +36,12 @@ pub(super) fn compare_row(seen: &[f32], expected: &[f32]) -> RowStats {
         max_abs = if gap.is_nan() { f64::INFINITY } else { max_abs.max(gap) };
     }
     let worst_if_nan = |x: f64, worst: f64| if x.is_nan() { worst } else { x };
-    let pearson = if ss > 0.0 && ee > 0.0 { se / (ss * ee).sqrt() } else { f64::from(u8::from(ss == ee)) };
+    let pearson = match (ss > 0.0, ee > 0.0) {
+        (true, true) => se / (ss * ee).sqrt(),
+        _ if ss.is_nan() || ee.is_nan() => f64::NAN,
+        // A constant row correlates with a constant row and with nothing else.
+        (varies, expected) => f64::from(u8::from(varies == expected)),
+    };
     let kl = log_softmax(expected).iter().zip(log_softmax(seen)).map(|(e, s)| e.exp() * (e - s)).sum::<f64>();
     let (top, margin) = top_two(expected);
     let lost_margin = if top_two(seen).0 == top { 0.0 } else { margin };

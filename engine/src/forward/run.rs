@@ -184,7 +184,13 @@ impl Run {
     }
 
     /// Embedding, all layers, final norm: leaves `[rows, H]` in `buffers.normed`.
-    fn layers(&mut self, model: &Transformer, rows: &[Row], cache: &mut CpuCache, observed: &mut Observed) -> Result<()> {
+    fn layers(
+        &mut self,
+        model: &Transformer,
+        rows: &[Row],
+        cache: &mut CpuCache,
+        observed: &mut Observed,
+    ) -> Result<()> {
         self.embed(model, rows);
         for (index, layer) in model.layers.iter().enumerate() {
             layer.forward(index, self, &model.rope, rows, cache, observed)?;
@@ -266,7 +272,12 @@ impl Run {
     /// The residual stream plus a projection of the quantised input.
     pub(super) fn project_and_add(&mut self, linear: &TernaryLinear) {
         let b = &mut self.buffers;
-        ternary_matmul(self.kernels, &self.threads, &self.quantized, &mut [TernaryJob { weights: linear, out: &mut b.out }]);
+        ternary_matmul(
+            self.kernels,
+            &self.threads,
+            &self.quantized,
+            &mut [TernaryJob { weights: linear, out: &mut b.out }],
+        );
         self.kernels.add(&mut b.x, &b.out);
     }
 
@@ -343,7 +354,15 @@ impl AttentionWeights {
 }
 
 /// RMSNorm of every row.
-fn norm(kernels: &Kernels, x: &[f32], gain: &[f32], eps: f32, out: &mut [f32], what: &str, layer: Option<usize>) -> Result<()> {
+fn norm(
+    kernels: &Kernels,
+    x: &[f32],
+    gain: &[f32],
+    eps: f32,
+    out: &mut [f32],
+    what: &str,
+    layer: Option<usize>,
+) -> Result<()> {
     for (x, out) in x.chunks_exact(gain.len()).zip(out.chunks_exact_mut(gain.len())) {
         if !kernels.rms_norm(x, gain, eps, out) {
             return Err(unstable(&format!("the input of the {what}"), layer));

@@ -50,7 +50,8 @@ impl Transformer {
                 })
             })
             .collect::<Result<_>>()?;
-        let head = if d.tie_word_embeddings { None } else { Some(checkpoint.matrix("lm_head.weight", d.vocab_size, h)?) };
+        let head =
+            if d.tie_word_embeddings { None } else { Some(checkpoint.matrix("lm_head.weight", d.vocab_size, h)?) };
         Ok(Self {
             embedding: checkpoint.matrix("model.embed_tokens.weight", d.vocab_size, h)?,
             layers,
@@ -80,9 +81,16 @@ impl Transformer {
     }
 }
 
-fn load_linear(checkpoint: &Checkpoint, threads: &Threads, name: &str, rows: usize, columns: usize) -> Result<TernaryLinear> {
+fn load_linear(
+    checkpoint: &Checkpoint,
+    threads: &Threads,
+    name: &str,
+    rows: usize,
+    columns: usize,
+) -> Result<TernaryLinear> {
     let tensor = checkpoint.ternary(name, rows, columns)?;
-    let packed = threads.enter(|| InterleavedMatrix::pack(rows, columns, tensor.scale(), threads, &|r, out| tensor.row(r, out)))?;
+    let packed = threads
+        .enter(|| InterleavedMatrix::pack(rows, columns, tensor.scale(), threads, &|r, out| tensor.row(r, out)))?;
     checkpoint.release(&format!("{name}.weight"));
     Ok(packed)
 }

@@ -6,8 +6,8 @@ mod stop;
 use std::time::{Duration, Instant};
 
 use bitnet_contracts::{
-    ConfigurationError, FinishReason, GenerationConfig, GenerationResult, GenerationTiming, InputValidator, MemoryUsage,
-    ModelConfig, Result, StandardInputValidator, TokenizationError,
+    ConfigurationError, FinishReason, GenerationConfig, GenerationResult, GenerationTiming, InputValidator,
+    MemoryUsage, ModelConfig, Result, StandardInputValidator, TokenizationError,
 };
 
 pub use sampling::SAMPLER_VERSION;
@@ -101,7 +101,12 @@ pub(crate) fn generate(
 }
 
 /// Everything that can be wrong is found before the first token is computed.
-fn validate(context: &GenerationContext<'_>, prompt: &[u32], max_tokens: usize, config: &GenerationConfig) -> Result<()> {
+fn validate(
+    context: &GenerationContext<'_>,
+    prompt: &[u32],
+    max_tokens: usize,
+    config: &GenerationConfig,
+) -> Result<()> {
     context.validator.validate_generation_config(config)?;
     if max_tokens == 0 {
         return Err(ConfigurationError::InvalidParameter {
@@ -112,7 +117,10 @@ fn validate(context: &GenerationContext<'_>, prompt: &[u32], max_tokens: usize, 
         .into());
     }
     if !config.stop_sequences.is_empty() && context.tokenizer.is_none() {
-        return Err(TokenizationError::MissingTokenizer { reason: "stop_sequences are text and the model has none".into() }.into());
+        return Err(TokenizationError::MissingTokenizer {
+            reason: "stop_sequences are text and the model has none".into(),
+        }
+        .into());
     }
     context.validator.validate_token_sequence(prompt, context.config.vocab_size)
 }

@@ -146,7 +146,14 @@ mod tests {
     #[test]
     fn the_nucleus_is_the_smallest_set_that_reaches_p() {
         let scores = logs(&[0.1, 0.5, 0.15, 0.25]);
-        for (p, expected) in [(0.01, vec![1]), (0.49, vec![1]), (0.51, vec![1, 3]), (0.74, vec![1, 3]), (0.76, vec![1, 3, 2]), (1.0, vec![1, 3, 2, 0])] {
+        for (p, expected) in [
+            (0.01, vec![1]),
+            (0.49, vec![1]),
+            (0.51, vec![1, 3]),
+            (0.74, vec![1, 3]),
+            (0.76, vec![1, 3, 2]),
+            (1.0, vec![1, 3, 2, 0]),
+        ] {
             assert_eq!(ids(&candidates(&scores, 1.0, None, Some(p))), expected, "{p}");
         }
     }

@@ -49,7 +49,8 @@ impl<'a> StopRules<'a> {
 
     /// If the text of `generated` holds a stop text: how many tokens to keep, so that no part of it remains.
     pub(super) fn sequence_found(&self, generated: &[u32]) -> Result<Option<usize>> {
-        let Some(tokenizer) = self.tokenizer.filter(|_| !self.sequences.is_empty() && generated.len() >= self.min_new) else {
+        let Some(tokenizer) = self.tokenizer.filter(|_| !self.sequences.is_empty() && generated.len() >= self.min_new)
+        else {
             return Ok(None);
         };
         let text = tokenizer.decode(generated)?;

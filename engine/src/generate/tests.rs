@@ -56,7 +56,8 @@ fn run(max_tokens: usize, config: &GenerationConfig, eos: &[u32]) -> (Result<Gen
     let validator = StandardInputValidator::new(model_config.clone(), Device::Cpu);
     let context = GenerationContext { config: &model_config, validator: &validator, tokenizer: None, eos };
     // The prompt is three tokens long, so generation starts at script[2].
-    let mut model = Scripted { script: vec![0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2], len: 0, fed: Vec::new(), logits: Vec::new() };
+    let mut model =
+        Scripted { script: vec![0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2], len: 0, fed: Vec::new(), logits: Vec::new() };
     let result = generate(&mut model, &context, &[0, 0, 0], max_tokens, config, &mut |_| ());
     (result, model.fed)
 }

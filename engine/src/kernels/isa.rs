@@ -81,7 +81,8 @@ impl Isa {
             return Ok(());
         }
         let available: Vec<_> = Self::available().into_iter().map(Isa::name).collect();
-        Err(DeviceError::InsufficientCapability { required: self.name().to_string(), available: available.join(", ") }.into())
+        Err(DeviceError::InsufficientCapability { required: self.name().to_string(), available: available.join(", ") }
+            .into())
     }
 }
 

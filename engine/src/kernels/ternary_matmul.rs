@@ -32,7 +32,10 @@ impl QuantizedActivations {
         self.inverse.clear();
         for (row, out) in x.chunks_exact(columns).zip(self.values.chunks_exact_mut(self.stride)) {
             let Some(scale) = kernels.quantize(row, out) else {
-                return Err(ForwardPassError::NumericalInstability { details: format!("NaN or infinity in {}", what()) }.into());
+                return Err(ForwardPassError::NumericalInstability {
+                    details: format!("NaN or infinity in {}", what()),
+                }
+                .into());
             };
             self.inverse.push((scale.k, scale.sum));
         }
@@ -65,7 +68,12 @@ pub struct TernaryJob<'a> {
 ///
 /// # Panics
 /// When a matrix's columns or an output's size do not fit the activations (a bug of the caller).
-pub fn ternary_matmul(kernels: &Kernels, threads: &Threads, activations: &QuantizedActivations, jobs: &mut [TernaryJob<'_>]) {
+pub fn ternary_matmul(
+    kernels: &Kernels,
+    threads: &Threads,
+    activations: &QuantizedActivations,
+    jobs: &mut [TernaryJob<'_>],
+) {
     let tokens = activations.tokens();
     let mut parts: Vec<(&InterleavedMatrix, Columns, usize)> = Vec::new();
     let mut macs = 0;

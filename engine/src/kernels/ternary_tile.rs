@@ -67,7 +67,11 @@ pub(crate) fn tile<L: DotLanes>(group: &[u8], activations: &[i8], tokens: usize,
 
 /// `N` tokens against one group, the sums in registers.
 #[inline(always)]
-fn tokens_at_once<L: DotLanes, const N: usize>(blocks: &[[u8; BLOCK_BYTES]], activations: &[i8], out: &mut [[i32; ROWS]]) {
+fn tokens_at_once<L: DotLanes, const N: usize>(
+    blocks: &[[u8; BLOCK_BYTES]],
+    activations: &[i8],
+    out: &mut [[i32; ROWS]],
+) {
     const { assert!(N <= MAX_TILE) };
     let rows: [&[[i8; BLOCK]]; N] = std::array::from_fn(|t| {
         let columns = blocks.len() * BLOCK;

@@ -82,10 +82,9 @@ impl Threads {
         f: impl Fn(usize, &mut [T], &mut S) + Sync + Send,
     ) {
         match &self.pool {
-            Some(_) if worth && data.len() > size => data
-                .par_chunks_mut(size)
-                .enumerate()
-                .for_each_init(&scratch, |s, (i, chunk)| f(i, chunk, s)),
+            Some(_) if worth && data.len() > size => {
+                data.par_chunks_mut(size).enumerate().for_each_init(&scratch, |s, (i, chunk)| f(i, chunk, s))
+            }
             _ => {
                 let mut s = scratch();
                 data.chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk, &mut s));
@@ -109,7 +108,9 @@ mod tests {
         for count in [1, 3] {
             let threads = Threads::new(Some(count)).unwrap();
             let mut data = vec![0u32; 1001];
-            threads.enter(|| threads.for_each_chunk(&mut data, 10, true, || (), |i, c, ()| c.iter_mut().for_each(|x| *x += i as u32)));
+            threads.enter(|| {
+                threads.for_each_chunk(&mut data, 10, true, || (), |i, c, ()| c.iter_mut().for_each(|x| *x += i as u32))
+            });
             assert!(data.iter().enumerate().all(|(j, &x)| x as usize == j / 10));
         }
     }

@@ -86,7 +86,8 @@ impl Checkpoint {
         let description = ModelDescription::from_json(tiny.config_json(), &path("config.json"))?;
         let weights = Cow::Owned(tiny.weights().to_vec());
         let file = SafetensorsFile::embedded(&path("model.safetensors"), weights)?;
-        let tokenizer = tiny.tokenizer_json().map(|json| Tokenizer::from_json(json, &path("tokenizer.json"))).transpose()?;
+        let tokenizer =
+            tiny.tokenizer_json().map(|json| Tokenizer::from_json(json, &path("tokenizer.json"))).transpose()?;
         Self::assemble(description, tokenizer, vec![file], None)
     }
 
@@ -129,7 +130,8 @@ impl Checkpoint {
         let mut tensors = BTreeMap::new();
         for (number, file) in files.iter().enumerate() {
             for (name, info) in file.metadata.tensors() {
-                let place = Place { file: number, dtype: info.dtype, shape: info.shape.clone(), offsets: info.data_offsets };
+                let place =
+                    Place { file: number, dtype: info.dtype, shape: info.shape.clone(), offsets: info.data_offsets };
                 if tensors.insert(name.clone(), place).is_some() {
                     return Err(ModelError::ValidationFailed {
                         reason: format!("{}: tensor {name} is in two shards", file.path().display()),

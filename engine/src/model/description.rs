@@ -212,7 +212,10 @@ impl ModelDescription {
 impl Config {
     fn refuse_other_architectures(&self) -> Result<()> {
         if let Some(other) = self.model_type.as_deref().filter(|&t| t != "bitnet") {
-            return Err(ConfigurationError::IncompatibleConfig { reason: format!("model_type is {other:?}, not \"bitnet\"") }.into());
+            return Err(ConfigurationError::IncompatibleConfig {
+                reason: format!("model_type is {other:?}, not \"bitnet\""),
+            }
+            .into());
         }
         if let Some(other) = self.hidden_act.as_deref().filter(|&a| a != "relu2") {
             return Err(invalid("hidden_act", other, "relu2"));
@@ -220,7 +223,9 @@ impl Config {
         if self.attention_bias == Some(true) {
             return Err(invalid("attention_bias", true, "false: no published BitNet b1.58 model has biases"));
         }
-        if let Some(other) = self.quantization_config.as_ref().and_then(|q| q.quant_method.as_deref()).filter(|&m| m != "bitnet") {
+        if let Some(other) =
+            self.quantization_config.as_ref().and_then(|q| q.quant_method.as_deref()).filter(|&m| m != "bitnet")
+        {
             return Err(invalid("quantization_config.quant_method", other, "bitnet"));
         }
         Ok(())
@@ -275,13 +280,18 @@ mod tests {
     fn reads_a_plain_file() {
         let d = with(&[]).unwrap();
         assert_eq!((d.head_dim(), d.group_size(), d.kv_size(), d.rope_theta), (16, 2, 32, 10000.0));
-        assert_eq!((d.weight_scale, d.eos_token_ids, d.name.as_deref()), (WeightScale::Multiply, vec![3], Some("folder")));
+        assert_eq!(
+            (d.weight_scale, d.eos_token_ids, d.name.as_deref()),
+            (WeightScale::Multiply, vec![3], Some("folder"))
+        );
     }
 
     #[test]
     fn both_rope_spellings_and_lists_of_eos() {
         let rope = serde_json::json!({"rope_theta": 77.0, "rope_type": "default"});
-        let d = with(&[("rope_theta", ().into()), ("rope_parameters", rope), ("eos_token_id", serde_json::json!([1, 2]))]).unwrap();
+        let d =
+            with(&[("rope_theta", ().into()), ("rope_parameters", rope), ("eos_token_id", serde_json::json!([1, 2]))])
+                .unwrap();
         assert_eq!((d.rope_theta, d.eos_token_ids), (77.0, vec![1, 2]));
     }
 

@@ -70,7 +70,9 @@ impl FloatMatrix {
     /// Copies row `row` into `out`, widened to f32 (exact).
     pub fn row(&self, row: usize, out: &mut [f32]) {
         match self.view(row, 1) {
-            FloatRows::Bf16 { values, .. } => out.iter_mut().zip(values).for_each(|(o, &v)| *o = bf16::from_bits(v).to_f32()),
+            FloatRows::Bf16 { values, .. } => {
+                out.iter_mut().zip(values).for_each(|(o, &v)| *o = bf16::from_bits(v).to_f32())
+            }
             FloatRows::F32 { values, .. } => out.copy_from_slice(values),
         }
     }
@@ -90,7 +92,10 @@ pub struct TernaryTensor<'a> {
 pub(super) enum TernarySource<'a> {
     Packed(HfPacked<'a>),
     /// Master weights, ternarised by absmean as `transformers` `WeightQuant` does: `clamp(round(w * inverse), -1, 1)`.
-    Master { values: FloatMatrix, inverse: f32 },
+    Master {
+        values: FloatMatrix,
+        inverse: f32,
+    },
 }
 
 impl TernaryTensor<'_> {

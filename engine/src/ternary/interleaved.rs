@@ -50,14 +50,20 @@ impl InterleavedMatrix {
             .map_err(|e| MemoryError::AllocationFailed { size_bytes: bytes, reason: e.to_string() })?;
         data.resize(bytes, ZEROES);
         let failure = Mutex::new(None);
-        threads.for_each_chunk(&mut data, (blocks * BLOCK_BYTES).max(1), true, || vec![0i8; columns], |g, group, trits| {
-            for r in 0..ROWS.min(rows - g * ROWS) {
-                match row(g * ROWS + r, trits) {
-                    Ok(()) => pack_row(trits, r, group),
-                    Err(error) => *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error),
+        threads.for_each_chunk(
+            &mut data,
+            (blocks * BLOCK_BYTES).max(1),
+            true,
+            || vec![0i8; columns],
+            |g, group, trits| {
+                for r in 0..ROWS.min(rows - g * ROWS) {
+                    match row(g * ROWS + r, trits) {
+                        Ok(()) => pack_row(trits, r, group),
+                        Err(error) => *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error),
+                    }
                 }
-            }
-        });
+            },
+        );
         match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
             Some(error) => Err(error),
             None => Ok(Self { data, rows, columns, scale }),
@@ -145,7 +151,10 @@ mod tests {
 
     #[test]
     fn an_impossible_size_is_an_error() {
-        assert!(InterleavedMatrix::pack(usize::MAX, usize::MAX, 1.0, &Threads::new(Some(1)).unwrap(), &|_, _| Ok(())).is_err());
+        assert!(
+            InterleavedMatrix::pack(usize::MAX, usize::MAX, 1.0, &Threads::new(Some(1)).unwrap(), &|_, _| Ok(()))
+                .is_err()
+        );
     }
 
     #[test]

@@ -42,6 +42,9 @@ impl Config {
         if config.hidden_act != "relu2" || config.attention_bias {
             return Err(OracleError::Config("only relu2 without biases is covered".into()));
         }
+        if config.quantization_config.quant_method.as_deref().is_some_and(|method| method != "bitnet") {
+            return Err(OracleError::Config("only the quantisation method \"bitnet\" is covered".into()));
+        }
         Ok(config)
     }
 
@@ -63,6 +66,7 @@ struct RopeParameters {
 
 #[derive(Deserialize)]
 pub(super) struct Quantization {
+    quant_method: Option<String>,
     linear_class: Option<String>,
 }
 
@@ -125,7 +129,11 @@ impl<'a> Checkpoint<'a> {
                 tensors.insert(name, (header, bytes));
             }
         }
-        let divides = config.quantization_config.linear_class.as_deref() != Some("autobitlinear");
+        let divides = match config.quantization_config.linear_class.as_deref() {
+            Some("autobitlinear") => false,
+            Some("bitlinear") | None => true,
+            Some(other) => return Err(OracleError::Config(format!("unknown linear_class {other:?}"))),
+        };
         Ok(Checkpoint { tensors, divides })
     }
 
@@ -164,6 +172,9 @@ impl<'a> Checkpoint<'a> {
         let (dtype, bytes) = self.find(name, &[outputs / 4, inputs])?;
         if dtype != "U8" || !outputs.is_multiple_of(4) || (outputs / 4).checked_mul(inputs) != Some(bytes.len()) {
             return Err(OracleError::Weights(format!("{name} is not packed in fours")));
+        }
+        if bytes.iter().any(|byte| byte & (byte >> 1) & 0b01_01_01_01 != 0) {
+            return Err(OracleError::Weights(format!("{name} holds the code 3, which is no trit")));
         }
         // Bits 2i and 2i+1 of the byte in row r hold the trit of row i * outputs/4 + r, plus one.
         let trits = (0..4).flat_map(|i| bytes.iter().map(move |byte| (byte >> (2 * i) & 3) as i8 - 1)).collect();

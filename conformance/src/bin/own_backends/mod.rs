@@ -56,7 +56,13 @@ impl BackendFactory for Cpu {
 
 /// What both references declare.
 fn reference_capabilities() -> Capabilities {
-    Capabilities::new(Semantics::Fp32).with_attention_weights().with_hidden_states().with_tokenizer().with_batch()
+    Capabilities::new(Semantics::Fp32)
+        .with_thread_safe()
+        .with_attention_weights()
+        .with_hidden_states()
+        .with_tokenizer()
+        .with_batch()
+        .with_quantization(&[QuantizationType::I2S])
 }
 
 /// A reference on candle's operations.
@@ -68,7 +74,7 @@ impl BackendFactory for Candle {
     }
 
     fn capabilities(&self) -> Capabilities {
-        reference_capabilities()
+        reference_capabilities().with_threads()
     }
 
     fn create(&self, model: &ModelFixture) -> Result<Box<dyn BitNetInference>> {
@@ -77,6 +83,11 @@ impl BackendFactory for Candle {
 
     fn create_with(&self, model: &ModelFixture, options: &CreateOptions) -> Result<Box<dyn BitNetInference>> {
         Ok(Box::new(CandleFp32::load(model.dir(), &engine_options(options))?))
+    }
+
+    fn create_thread_safe(&self, model: &ModelFixture) -> Option<Result<Arc<dyn ThreadSafeInference>>> {
+        let engine = CandleFp32::load(model.dir(), &EngineOptions::default());
+        Some(engine.map(|engine| Arc::new(engine) as Arc<dyn ThreadSafeInference>))
     }
 }
 
@@ -98,5 +109,10 @@ impl BackendFactory for Ndarray {
 
     fn create_with(&self, model: &ModelFixture, options: &CreateOptions) -> Result<Box<dyn BitNetInference>> {
         Ok(Box::new(NdarrayFp32::load(model.dir(), &engine_options(options))?))
+    }
+
+    fn create_thread_safe(&self, model: &ModelFixture) -> Option<Result<Arc<dyn ThreadSafeInference>>> {
+        let engine = NdarrayFp32::load(model.dir(), &EngineOptions::default());
+        Some(engine.map(|engine| Arc::new(engine) as Arc<dyn ThreadSafeInference>))
     }
 }

@@ -38,6 +38,10 @@ pub(crate) fn run(args: &BackendsArgs) -> Outcome {
         table.add_row([b.name, b.semantics, b.description]);
     }
     writeln!(out, "{table}")?;
-    writeln!(out, "instruction set of the cpu backend: {isa} (this CPU has {}; {ISA_VARIABLE} forces one)", available.join(", "))?;
+    writeln!(
+        out,
+        "instruction set of the cpu backend: {isa} (this CPU has {}; {ISA_VARIABLE} forces one)",
+        available.join(", ")
+    )?;
     Ok(())
 }

@@ -94,10 +94,15 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
         bytes_per_token as f64 * decode / 1e9
     )?;
     let mb = |bytes: usize| bytes as f64 / 1e6;
-    writeln!(out, "memory    {:10.1} MB held by the engine, process peak {}", mb(memory.peak_usage), match peak_rss() {
-        Some(bytes) => format!("{:.1} MB", bytes as f64 / 1e6),
-        None => "unknown".to_string(),
-    })?;
+    writeln!(
+        out,
+        "memory    {:10.1} MB held by the engine, process peak {}",
+        mb(memory.peak_usage),
+        match peak_rss() {
+            Some(bytes) => format!("{:.1} MB", bytes as f64 / 1e6),
+            None => "unknown".to_string(),
+        }
+    )?;
     Ok(())
 }
 
@@ -131,7 +136,8 @@ fn measure(engine: &mut CpuEngine, prompt: &[u32], tg: usize) -> Result<Sample, 
 }
 
 fn argmax(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &l)| if l > best.1 { (i, l) } else { best });
+    let best =
+        logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (i, &l)| if l > best.1 { (i, l) } else { best });
     best.0 as u32
 }
 

@@ -59,7 +59,9 @@ fn parse(tokens: &str) -> Result<Vec<Vec<u32>>, String> {
         .map(|row| row.split(',').map(|id| id.trim().parse().map_err(|e| format!("token id {id:?}: {e}"))).collect())
         .collect::<Result<Vec<Vec<u32>>, String>>()?;
     match rows.iter().find(|row| row.len() != rows[0].len()) {
-        Some(row) => Err(format!("sequences of {} and {} tokens: give sequences of one length", rows[0].len(), row.len())),
+        Some(row) => {
+            Err(format!("sequences of {} and {} tokens: give sequences of one length", rows[0].len(), row.len()))
+        }
         None => Ok(rows),
     }
 }

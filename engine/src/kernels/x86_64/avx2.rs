@@ -45,8 +45,14 @@ impl DotLanes for Avx2 {
             let ones = _mm256_set1_epi16(1);
             for h in 0..2 {
                 // A pair of products is at most 2 * 2 * 128 = 512 in size and four of them at most 2048: no overflow in 16 bits.
-                let s01 = _mm256_add_epi16(_mm256_maddubs_epi16(planes[0][h], a[0]), _mm256_maddubs_epi16(planes[1][h], a[1]));
-                let s23 = _mm256_add_epi16(_mm256_maddubs_epi16(planes[2][h], a[2]), _mm256_maddubs_epi16(planes[3][h], a[3]));
+                let s01 = _mm256_add_epi16(
+                    _mm256_maddubs_epi16(planes[0][h], a[0]),
+                    _mm256_maddubs_epi16(planes[1][h], a[1]),
+                );
+                let s23 = _mm256_add_epi16(
+                    _mm256_maddubs_epi16(planes[2][h], a[2]),
+                    _mm256_maddubs_epi16(planes[3][h], a[3]),
+                );
                 sums[h] = _mm256_add_epi32(sums[h], _mm256_madd_epi16(_mm256_add_epi16(s01, s23), ones));
             }
             sums
