@@ -259,10 +259,12 @@ impl Checkpoint {
         let place = self.place(name)?;
         expect_shape(name, place, shape)?;
         let bytes = self.bytes(place)?;
+        let start = place.offsets.0;
+        let read = |from: usize, to: usize| self.files[place.file].release((start + from, start + to));
         let values = match place.dtype {
-            Dtype::BF16 => FloatValues::Bf16(collect(bytes, u16::from_le_bytes)?),
-            Dtype::F16 => FloatValues::F32(collect(bytes, |b| f16::from_le_bytes(b).to_f32())?),
-            Dtype::F32 => FloatValues::F32(collect(bytes, f32::from_le_bytes)?),
+            Dtype::BF16 => FloatValues::Bf16(collect(bytes, u16::from_le_bytes, &read)?),
+            Dtype::F16 => FloatValues::F32(collect(bytes, |b| f16::from_le_bytes(b).to_f32(), &read)?),
+            Dtype::F32 => FloatValues::F32(collect(bytes, f32::from_le_bytes, &read)?),
             other => return Err(invalid(name, &format!("of type {other:?}, expected BF16, F16 or F32"))),
         };
         let finite = match &values {
@@ -288,13 +290,23 @@ fn expect_shape(name: &str, place: &Place, shape: &[usize]) -> Result<()> {
     Err(invalid(name, &format!("of shape {:?} ({:?}), expected {shape:?} by config.json", place.shape, place.dtype)))
 }
 
-/// Converts `N`-byte elements. The allocation is as large as the bytes that are really there.
-fn collect<const N: usize, T>(bytes: &[u8], convert: impl Fn([u8; N]) -> T) -> Result<Vec<T>> {
-    let (elements, _) = bytes.as_chunks::<N>();
+/// Converts `N`-byte elements. The allocation is as large as the bytes that are really there. `read` is told of every large piece that
+/// is done with, so that a big matrix is not in memory twice.
+fn collect<const N: usize, T>(
+    bytes: &[u8],
+    convert: impl Fn([u8; N]) -> T,
+    read: &dyn Fn(usize, usize),
+) -> Result<Vec<T>> {
+    const PIECE: usize = 8 << 20;
     let mut out = Vec::new();
-    out.try_reserve_exact(elements.len())
+    out.try_reserve_exact(bytes.len() / N)
         .map_err(|e| MemoryError::AllocationFailed { size_bytes: bytes.len(), reason: e.to_string() })?;
-    out.extend(elements.iter().map(|&b| convert(b)));
+    for (i, piece) in bytes.chunks(PIECE).enumerate() {
+        out.extend(piece.as_chunks::<N>().0.iter().map(|&b| convert(b)));
+        if piece.len() == PIECE {
+            read(i * PIECE, (i + 1) * PIECE);
+        }
+    }
     Ok(out)
 }
 

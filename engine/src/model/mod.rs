@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod description;
+#[allow(unsafe_code)]
 mod safetensors_file;
 mod tokenizer;
 mod weights;

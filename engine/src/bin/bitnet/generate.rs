@@ -62,12 +62,11 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome {
     let stream = !args.json && args.stop.is_empty();
     let mut decode = tokenizer.stream();
     let mut failure = None;
-    if stream {
-        write_flushed(&args.prompt)?;
-    }
+    // The prompt is shown with the first token, when it is sure that there is no error to show instead.
+    let mut unseen = Some(args.prompt.as_str());
     let result = engine.generate_streaming(&prompt, args.max_tokens, &config, &mut |token| {
         if stream && failure.is_none() {
-            failure = show(decode(token)).err();
+            failure = show(unseen.take(), decode(token)).err();
         }
     })?;
     if let Some(failure) = failure {
@@ -87,23 +86,16 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome {
         });
         writeln!(stdout(), "{report:#}")?;
     } else if stream {
-        writeln!(stdout())?;
+        writeln!(stdout(), "{}", unseen.unwrap_or_default())?;
     } else {
         writeln!(stdout(), "{}{}", args.prompt, result.generated_text)?;
     }
     Ok(())
 }
 
-fn show(piece: bitnet_contracts::Result<Option<String>>) -> Outcome {
-    match piece? {
-        Some(text) => write_flushed(&text),
-        None => Ok(()),
-    }
-}
-
-fn write_flushed(text: &str) -> Outcome {
+fn show(prompt: Option<&str>, piece: bitnet_contracts::Result<Option<String>>) -> Outcome {
     let mut out = stdout().lock();
-    out.write_all(text.as_bytes())?;
+    write!(out, "{}{}", prompt.unwrap_or_default(), piece?.unwrap_or_default())?;
     out.flush()?;
     Ok(())
 }
