@@ -1,13 +1,13 @@
 //! Every tolerance of the suite, with the evidence for it.
 //!
 //! Each constant names the largest error that an honest backend showed and the smallest that a faulty one showed. The
-//! figures come from two sources. *Oracle*: the page that came with the transformers goldens (nine checkpoints, thirty
-//! simulated float32 evaluators). *Measured*: an independent numpy evaluator run on c02, c05, c07 and the trained
+//! figures come from two sources. *Oracle*: a study with transformers on nine checkpoints of the kind of c02 to c09, with
+//! thirty simulated float32 evaluators. *Measured*: an independent numpy evaluator run on c02, c05, c07 and the trained
 //! fixture model, as it is, with relative noise of 1e-6 put before every activation quantiser (ten times what float32
 //! arithmetic does; worst of eight runs), with f16 keys and values, with a bf16 residual stream, and with one fault at
 //! a time.
 
-/// The source's own gate: Pearson correlation of the worst position with the fp32 golden (RESOLUTIONS B15).
+/// The source's own gate: Pearson correlation of the worst position with the fp32 golden (B15).
 ///
 /// Honest int8 activations: 0.9978 (c02), 0.9957 on the worst random network of the oracle. It sees the architecture,
 /// not the arithmetic: wrong theta 0.94-0.96, silu 0.85-0.87, no sub-norm 0.54-0.84, interleaved RoPE 0.22-0.33, but

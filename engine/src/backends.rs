@@ -24,7 +24,11 @@ pub const BACKENDS: [Backend; 3] = [
         semantics: "w1.58a8",
         description: "packed ternary weights, int8 activations, integer kernels",
     },
-    Backend { name: "candle-fp32", semantics: "fp32", description: "dense f32 weights on candle's operations" },
+    Backend {
+        name: "candle-fp32",
+        semantics: "fp32",
+        description: "dense weights in f64 arithmetic on candle's operations",
+    },
     Backend { name: "ndarray-fp32", semantics: "fp32", description: "dense weights in f64 arithmetic on ndarray" },
 ];
 

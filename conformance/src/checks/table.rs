@@ -1,6 +1,6 @@
 //! Exact sampling tables: which tokens one draw may give and with what probability, from logits and a configuration.
 //!
-//! Written from RESOLUTIONS B7 alone: penalties over prompt and generated tokens, temperature, top-k, top-p (the
+//! Written from B7 of SPEC.md alone: penalties over prompt and generated tokens, temperature, top-k, top-p (the
 //! smallest set whose mass reaches p, at least one token), draw.
 
 use bitnet_contracts::GenerationConfig;

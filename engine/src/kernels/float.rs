@@ -178,9 +178,9 @@ fn softmax(row: &mut [f32]) {
         *x = exp_nonpositive(*x - max);
         lanes[l] += *x;
     }
-    let inverse = 1.0 / tree(lanes);
+    let sum = tree(lanes);
     for x in row {
-        *x *= inverse;
+        *x /= sum;
     }
 }
 

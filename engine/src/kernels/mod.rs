@@ -79,7 +79,7 @@ impl Kernels {
         (self.rms_norm)(x, gain, eps, out)
     }
 
-    /// Per-token absmax int8 quantisation (SEMANTICS: `k = (1 / absmax) * 127`, round half to even). None for NaN or infinity.
+    /// Per-token absmax int8 quantisation (`k = (1 / absmax) * 127`, round half to even). None for NaN or infinity.
     /// `out` may be longer than `x`; the rest is zeroed.
     pub(crate) fn quantize(&self, x: &[f32], out: &mut [i8]) -> Option<float::ActivationScale> {
         (self.quantize)(x, out)

@@ -103,6 +103,8 @@ pub fn ternary_matmul(
                 // SAFETY: the groups of a job are distinct and so are the jobs' outputs, which stay borrowed for this call: nobody
                 // else has these elements of row `t`.
                 let out = unsafe { out.slice(t, first, rows) };
+                // Two roundings in this order, as transformers has them: a value that comes out the same there and here cannot fall to
+                // another side of a rounding tie further on.
                 for (o, &sum) in out.iter_mut().zip(sums) {
                     *o = (sum - bias) as f32 / k * weights.scale();
                 }

@@ -1,4 +1,4 @@
-//! The fp32 semantics on candle's tensor operations, in f32.
+//! The fp32 semantics on candle's tensor operations, in f64.
 
 use bitnet_contracts::{DType, Device, DeviceError, Result, Tensor};
 use candle_core::D;
@@ -11,9 +11,10 @@ use crate::model::{Checkpoint, ModelDescription};
 /// Most queries of a sequence that attend together: bounds the scores held at once.
 const QUERIES: usize = 128;
 
-/// The backend `candle-fp32`: dense f32 weights, candle's matrix products and element-wise operations on the CPU.
+/// The backend `candle-fp32`: dense weights, candle's matrix products and element-wise operations on the CPU.
 ///
-/// f32 throughout, but for the mean of squares in a norm and the rotary angles, which are f64. Matrix products run on as many
+/// f64 from the embedding to the logits, which are rounded to f32 at the very end: in f32, two sound orders of summation differ by as
+/// much as 4e-5 on checkpoints with outliers, too near to what a small fault does for a reference. Matrix products run on as many
 /// threads as [`EngineOptions::threads`](crate::EngineOptions) says, in a pool of this engine; without that option on the
 /// process-wide pool of rayon. The bits do not depend on it.
 pub type CandleFp32 = DenseEngine<CandleModel>;
@@ -34,7 +35,7 @@ pub struct KeysValues {
 
 impl DenseModel for CandleModel {
     const NAME: &'static str = "candle-fp32";
-    const NUMBER_BYTES: usize = size_of::<f32>();
+    const NUMBER_BYTES: usize = size_of::<f64>();
     type Layer = KeysValues;
 
     fn load(checkpoint: &Checkpoint, threads: Option<usize>) -> Result<Self> {
@@ -47,10 +48,12 @@ impl DenseModel for CandleModel {
             description: checkpoint.description().clone(),
             weights: Weights::load(
                 checkpoint,
-                |values, rows, columns| Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?),
+                |values, rows, columns| {
+                    Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?.to_dtype(DType::F64)?)
+                },
                 |values| {
                     let len = values.len();
-                    Ok(Tensor::from_vec(values, len, &Device::Cpu)?)
+                    Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_dtype(DType::F64)?)
                 },
             )?,
         })
@@ -116,7 +119,7 @@ impl CandleModel {
         }
         let normed = self.norm(&x, &self.weights.norm, "the input of the final norm", None)?;
         clock.lap(|c| &mut c.normalization);
-        let logits = linear(&normed, self.weights.head())?.flatten_all()?.to_vec1::<f32>()?;
+        let logits = linear(&normed, self.weights.head())?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
         if !logits.iter().all(|l| l.is_finite()) {
             return Err(unstable("the logits", None));
         }
@@ -124,7 +127,7 @@ impl CandleModel {
         Ok(Pass {
             logits,
             attention,
-            hidden: if input.hidden { Some(normed.reshape((batch, (), hidden))?) } else { None },
+            hidden: if input.hidden { Some(normed.reshape((batch, (), hidden))?.to_dtype(DType::F32)?) } else { None },
             layers,
             scores: batch * d.num_attention_heads * seq.min(QUERIES) * (input.start + seq),
         })
@@ -132,12 +135,11 @@ impl CandleModel {
 
     /// RMSNorm of the rows of `x`, `[rows, n]`. Refuses infinities, which would come out as finite zeroes and NaN.
     fn norm(&self, x: &Tensor, gain: &Tensor, place: &str, layer: Option<usize>) -> Result<Tensor> {
-        // In f64, where the square of no finite f32 overflows: the mean is finite exactly when the row is.
-        let mean = x.to_dtype(DType::F64)?.sqr()?.mean_keepdim(D::Minus1)?;
+        let mean = x.sqr()?.mean_keepdim(D::Minus1)?;
         if !mean.flatten_all()?.to_vec1::<f64>()?.iter().all(|m| m.is_finite()) {
             return Err(unstable(place, layer));
         }
-        let factor = (mean + self.description.rms_norm_eps)?.sqrt()?.recip()?.to_dtype(DType::F32)?;
+        let factor = (mean + self.description.rms_norm_eps)?.sqrt()?.recip()?;
         Ok(x.broadcast_mul(&factor)?.broadcast_mul(gain)?)
     }
 
@@ -147,7 +149,7 @@ impl CandleModel {
         let frequencies: Vec<f64> = (0..d / 2).map(|i| libm::pow(theta, -2.0 * i as f64 / d as f64)).collect();
         let table = |f: fn(f64) -> f64| {
             let angles = (start..start + seq).flat_map(|position| frequencies.iter().map(move |w| position as f64 * w));
-            Tensor::from_vec(angles.map(|a| f(a) as f32).collect(), (seq, d / 2), &Device::Cpu)
+            Tensor::from_vec(angles.map(f).collect(), (seq, d / 2), &Device::Cpu)
         };
         Ok((table(libm::cos)?, table(libm::sin)?))
     }
@@ -180,7 +182,7 @@ impl CandleModel {
             let out = weights.reshape((batch, kv_heads, group * n, seen))?.matmul(&values)?;
             attended.push(out.reshape((batch, heads, n, d))?.transpose(1, 2)?.reshape((batch, n, heads * d))?);
             if probabilities.is_some() {
-                recorded.push(weights.pad_with_zeros(3, 0, start + seq - seen)?);
+                recorded.push(weights.pad_with_zeros(3, 0, start + seq - seen)?.to_dtype(DType::F32)?);
             }
         }
         if let Some(probabilities) = probabilities {
@@ -220,7 +222,7 @@ fn append(past: Option<&KeysValues>, start: usize, keys: Tensor, values: Tensor)
 
 /// `[n, seen]`: 0 where the query may look, minus infinity after it. The last query is at the last position seen.
 fn causal_mask(n: usize, seen: usize) -> Result<Tensor> {
-    let entry = |i: usize, j: usize| if j <= seen - n + i { 0.0 } else { f32::NEG_INFINITY };
+    let entry = |i: usize, j: usize| if j <= seen - n + i { 0.0 } else { f64::NEG_INFINITY };
     let entries = (0..n).flat_map(|i| (0..seen).map(move |j| entry(i, j))).collect();
     Ok(Tensor::from_vec(entries, (n, seen), &Device::Cpu)?)
 }
@@ -233,6 +235,6 @@ fn softmax(x: &Tensor) -> Result<Tensor> {
 
 /// Zero times a finite number is 0, zero times any other is NaN.
 fn check_finite(x: &Tensor, place: &str, layer: Option<usize>) -> Result<()> {
-    let zeroes = x.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f32>()?;
+    let zeroes = x.affine(0.0, 0.0)?.sum_all()?.to_scalar::<f64>()?;
     if zeroes == 0.0 { Ok(()) } else { Err(unstable(place, layer)) }
 }

@@ -37,17 +37,13 @@ both![
     options_are_checked,
 ];
 
-/// Largest difference from golden fp32 logits over all cases, as measured: candle 2.3e-5; ndarray 0 from the oracle, and 1.4e-6
-/// where the stored scale divides and its inverse is rounded to f32. The nearest fault known, a wrong epsilon, makes 1.8e-4.
-fn tolerance<M: DenseModel>() -> f32 {
-    if M::NAME == "candle-fp32" { 5e-5 } else { 2e-6 }
-}
+/// Largest difference from golden fp32 logits over all cases, as measured: 0 from the oracle, and 1.4e-6 where the stored scale
+/// divides and its inverse is rounded to f32. The nearest fault known, a wrong epsilon, makes 1.8e-4.
+const TOLERANCE: f32 = 2e-6;
 
-/// Largest difference between two evaluations of one sequence, in pieces, in a batch or whole. Measured: candle 2.3e-5, since two
-/// orders of an f32 sum are each that far from the truth; ndarray 0. A position off by one makes more than 0.1.
-fn self_tolerance<M: DenseModel>() -> f32 {
-    if M::NAME == "candle-fp32" { 5e-5 } else { 1e-6 }
-}
+/// Largest difference between two evaluations of one sequence, in pieces, in a batch or whole: two orders of an f64 sum may round to
+/// neighbouring f32 logits. A position off by one makes more than 0.1.
+const SELF_TOLERANCE: f32 = 2e-6;
 
 fn ids(rows: &[Vec<u32>]) -> Tensor {
     Tensor::from_vec(rows.concat(), (rows.len(), rows[0].len()), &Device::Cpu).unwrap()
@@ -97,7 +93,7 @@ fn golden_logits<M: DenseModel>() {
             let ours = values(&output.logits);
             for derivation in Derivation::ALL {
                 let worst = difference(&ours, prompt.logits(Semantics::Fp32, derivation));
-                assert!(worst <= tolerance::<M>(), "{case} {} {derivation:?}: {worst:e}", prompt.name);
+                assert!(worst <= TOLERANCE, "{case} {} {derivation:?}: {worst:e}", prompt.name);
             }
         }
     }
@@ -120,7 +116,7 @@ fn unseen_models<M: DenseModel>() {
         cut.extend(logits(&mut engine, &tokens[len - 9..], Some(&mut cache)));
         for ours in [logits(&mut engine, &tokens, None), cut] {
             let worst = difference(&ours, &expected);
-            assert!(worst <= tolerance::<M>(), "{name}: {worst:e}");
+            assert!(worst <= TOLERANCE, "{name}: {worst:e}");
         }
     }
 }
@@ -136,7 +132,7 @@ fn pieces_make_the_whole<M: DenseModel>() {
     }
     assert_eq!(cache.len(), 140);
     let worst = difference(&whole, &pieces);
-    assert!(worst < self_tolerance::<M>(), "{worst:e}");
+    assert!(worst < SELF_TOLERANCE, "{worst:e}");
 }
 
 fn batches_are_their_sequences<M: DenseModel>() {
@@ -148,12 +144,9 @@ fn batches_are_their_sequences<M: DenseModel>() {
     let second = values(&engine.forward(&ids(&parts(7, 12)), Some(&mut cache)).unwrap().logits);
     for (b, row) in rows.iter().enumerate() {
         let alone = logits(&mut engine, row, None);
+        assert!(difference(&first[b * 7 * 211..(b + 1) * 7 * 211], &alone[..7 * 211]) < SELF_TOLERANCE, "sequence {b}");
         assert!(
-            difference(&first[b * 7 * 211..(b + 1) * 7 * 211], &alone[..7 * 211]) < self_tolerance::<M>(),
-            "sequence {b}"
-        );
-        assert!(
-            difference(&second[b * 5 * 211..(b + 1) * 5 * 211], &alone[7 * 211..]) < self_tolerance::<M>(),
+            difference(&second[b * 5 * 211..(b + 1) * 5 * 211], &alone[7 * 211..]) < SELF_TOLERANCE,
             "sequence {b}"
         );
     }
@@ -190,7 +183,7 @@ fn errors_leave_the_cache_alone<M: DenseModel>() {
         assert_eq!((cache.len(), cache.memory_bytes()), (6, bytes), "{what}");
     }
     let rest = logits(&mut engine, &tokens[6..], Some(&mut cache));
-    assert!(difference(&rest, &whole[6 * 4096..]) < self_tolerance::<M>());
+    assert!(difference(&rest, &whole[6 * 4096..]) < SELF_TOLERANCE);
 }
 
 fn foreign_caches_are_refused<M: DenseModel>() {
@@ -210,7 +203,7 @@ fn foreign_caches_are_refused<M: DenseModel>() {
     assert_eq!(cache.len(), 3);
     // A clone works on the same model.
     let next = logits(&mut twin, &[4], Some(&mut cache));
-    assert!(difference(&next, &logits(&mut engine, &[1, 2, 3, 4], None)[3 * 4096..]) < self_tolerance::<M>());
+    assert!(difference(&next, &logits(&mut engine, &[1, 2, 3, 4], None)[3 * 4096..]) < SELF_TOLERANCE);
     // An empty cache may change hands.
     cache.clear();
     assert_eq!(cache.memory_bytes(), 0);
@@ -227,7 +220,7 @@ fn truncated_caches_go_on<M: DenseModel>() {
     cache.truncate(5);
     let rest = logits(&mut engine, &tokens[5..], Some(&mut cache));
     let whole = logits(&mut engine, &tokens, None);
-    assert!(difference(&rest, &whole[5 * 4096..]) < self_tolerance::<M>());
+    assert!(difference(&rest, &whole[5 * 4096..]) < SELF_TOLERANCE);
     assert_eq!(cache.len(), 9);
 }
 
@@ -361,63 +354,18 @@ fn overflow_of_the_logits_is_an_error<M: DenseModel>() {
     assert!(engine.generate(&[1, 2], 2, &GenerationConfig::greedy()).is_err());
 }
 
-/// Where f32 overflows inside a layer, the place is named and nothing finite comes out: not through relu, not through a mask or
-/// softmax, not through a norm.
+/// Weights with which f32 overflows inside a layer are in range in f64, and both backends agree on what comes out.
 #[rstest::rstest]
-#[case(&[("model.layers.1.mlp.gate_proj.weight_scale", 3e38)], "the gate of layer 1")]
-#[case(&[("model.layers.1.mlp.gate_proj.weight_scale", 1e25)], "the input of the FFN sub-norm of layer 1")]
-#[case(&[("model.layers.0.self_attn.v_proj.weight_scale", 3e38)], "the input of the attention sub-norm of layer 0")]
-#[case(&[("model.layers.0.self_attn.o_proj.weight_scale", 3e38)], "the input of the post-attention norm of layer 0")]
-#[case(&[("model.layers.2.mlp.down_proj.weight_scale", 3e38)], "the input of the final norm")]
-#[case(&[("model.layers.0.mlp.down_proj.weight_scale", 3e38)], "the input of the input norm of layer 1")]
-#[case(
-    &[("model.layers.1.self_attn.q_proj.weight_scale", 1e20), ("model.layers.1.self_attn.k_proj.weight_scale", 1e20)],
-    "the attention scores of layer 1"
-)]
-fn overflow_inside_is_an_error_with_a_place(#[case] changes: &[(&str, f32)], #[case] place: &str) {
-    let folder = patched(&fixtures::preset("gqa2-untied-f32", 1).unwrap(), changes);
-    let mut engine = CandleFp32::load(folder.path(), &EngineOptions::default()).unwrap();
-    let error = engine.forward(&one(&[1, 2, 3, 4]), None).unwrap_err();
-    assert_eq!(instability(&error), format!("NaN or infinity in {place}"));
-    // In f64 the same model is in range.
-    let mut wide = DenseEngine::<NdarrayModel>::load(folder.path(), &EngineOptions::default()).unwrap();
-    wide.forward(&one(&[1, 2, 3, 4]), None).unwrap();
-}
-
-/// A token that overflows in the last layer, in a call on a filled cache: the pass fails late, and the cache does not show it.
-#[test]
-fn overflow_leaves_a_filled_cache_alone() {
-    let fixture = fixtures::preset("gqa2-untied-f32", 1).unwrap();
-    let folder = patched(&fixture, &[("model.layers.2.mlp.down_proj.weight_scale", 2e36)]);
-    let path = folder.path().join("model.safetensors");
-    let mut bytes = std::fs::read(&path).unwrap();
-    let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
-    let at = 8 + header + metadata.info("model.embed_tokens.weight").unwrap().data_offsets.0 + 7 * 96 * 4;
-    bytes[at..at + 96 * 4].chunks_exact_mut(4).for_each(|element| element.copy_from_slice(&3.3e38f32.to_le_bytes()));
-    std::fs::write(path, bytes).unwrap();
-    let mut engine = CandleFp32::load(folder.path(), &EngineOptions::default()).unwrap();
-    let mut cache = KVCache::new(8);
-    logits(&mut engine, &[1, 2, 3], Some(&mut cache));
-    let held = cache.memory_bytes();
-    let error = engine.forward(&one(&[4, 7]), Some(&mut cache)).unwrap_err();
-    assert!(instability(&error).contains("final norm"), "{error}");
-    assert_eq!((cache.len(), cache.memory_bytes()), (3, held));
-    let rest = logits(&mut engine, &[4, 5], Some(&mut cache));
-    let whole = logits(&mut engine, &[1, 2, 3, 4, 5], None);
-    assert!(difference(&rest, &whole[3 * engine.config().vocab_size..]) < 5e-5);
-}
-
-/// A mean square that leaves f32 is no overflow of the residual stream: large values are normalised, not lost.
-#[test]
-fn large_but_finite_residuals_are_normalised() {
-    let folder = patched(
-        &fixtures::preset("gqa2-untied-f32", 1).unwrap(),
-        &[("model.layers.0.self_attn.o_proj.weight_scale", 1e30)],
-    );
-    let mut narrow = CandleFp32::load(folder.path(), &EngineOptions::default()).unwrap();
-    let mut wide = DenseEngine::<NdarrayModel>::load(folder.path(), &EngineOptions::default()).unwrap();
-    let worst = difference(&logits(&mut narrow, &[1, 2, 3], None), &logits(&mut wide, &[1, 2, 3], None));
-    assert!(worst < 5e-5, "{worst:e}");
+#[case("model.layers.1.mlp.gate_proj.weight_scale")]
+#[case("model.layers.0.self_attn.v_proj.weight_scale")]
+#[case("model.layers.0.self_attn.o_proj.weight_scale")]
+#[case("model.layers.2.mlp.down_proj.weight_scale")]
+fn what_overflows_in_f32_is_in_range(#[case] scale: &str) {
+    let folder = patched(&fixtures::preset("gqa2-untied-f32", 1).unwrap(), &[(scale, 3e38)]);
+    let mut candle = CandleFp32::load(folder.path(), &EngineOptions::default()).unwrap();
+    let mut other = DenseEngine::<NdarrayModel>::load(folder.path(), &EngineOptions::default()).unwrap();
+    let worst = difference(&logits(&mut candle, &[1, 2, 3], None), &logits(&mut other, &[1, 2, 3], None));
+    assert!(worst < 2e-6, "{worst:e}");
 }
 
 fn memory_is_what_is_held<M: DenseModel>() {
