@@ -11,7 +11,6 @@ mod metrics;
 mod never_panics;
 mod output;
 mod sla;
-mod source_listing;
 mod system;
 mod toy;
 mod validation;
