@@ -33,17 +33,12 @@ fn ternary(c: &mut Criterion) {
             let mut q = QuantizedActivations::default();
             q.quantize(kernels, &x, COLUMNS, &|| "x".to_string()).expect("finite");
             let mut out = vec![0f32; tokens * ROWS];
-            let mut run = || {
-                let mut jobs = [TernaryJob { weights: &weights, out: &mut out }];
-                ternary_matmul(kernels, &threads, &q, &mut jobs);
+            let run = |out: &mut [f32]| {
+                ternary_matmul(kernels, &threads, &q, &mut [TernaryJob { weights: &weights, out }]);
             };
-            run();
+            run(&mut out);
             verify(&out, tokens);
-            let mut run = || {
-                let mut jobs = [TernaryJob { weights: &weights, out: &mut out }];
-                ternary_matmul(kernels, &threads, &q, &mut jobs);
-            };
-            group.bench_function(BenchmarkId::from_parameter(isa), |b| b.iter(&mut run));
+            group.bench_function(BenchmarkId::from_parameter(isa), |b| b.iter(|| run(&mut out)));
         }
         group.finish();
     }

@@ -10,8 +10,8 @@
 //!     fn name(&self) -> &str { "mine" }
 //!     fn capabilities(&self) -> Capabilities { Capabilities::new(Semantics::W158A8) }
 //!     fn create(&self, model: &ModelFixture) -> Result<Box<dyn BitNetInference>> {
-//! #       unimplemented!("{}", model.name())
 //!         // load the model in `model.dir()`
+//! #       Err(bitnet_contracts::ModelError::FileNotFound { path: model.dir().display().to_string() }.into())
 //!     }
 //! }
 //! fn main() -> std::process::ExitCode {

@@ -24,6 +24,9 @@ impl QuantizedActivations {
     ///
     /// # Errors
     /// `ForwardPassError::NumericalInstability` when a row holds NaN or infinity.
+    ///
+    /// # Panics
+    /// When `columns` is 0 (a bug of the caller).
     pub fn quantize(&mut self, kernels: &Kernels, x: &[f32], columns: usize, what: &dyn Fn() -> String) -> Result<()> {
         self.columns = columns;
         self.stride = columns.next_multiple_of(super::ternary_tile::BLOCK);
