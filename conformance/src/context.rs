@@ -27,6 +27,8 @@ pub struct Context<'a> {
     failed: u64,
     failures: Vec<Failure>,
     measurements: BTreeMap<String, f64>,
+    timings: BTreeMap<String, f64>,
+    errors: BTreeMap<String, f64>,
     notes: Vec<String>,
 }
 
@@ -44,6 +46,8 @@ impl<'a> Context<'a> {
             failed: 0,
             failures: Vec::new(),
             measurements: BTreeMap::new(),
+            timings: BTreeMap::new(),
+            errors: BTreeMap::new(),
             notes: Vec::new(),
         }
     }
@@ -160,6 +164,18 @@ impl<'a> Context<'a> {
         }
         let kept = self.measurements.get(key).map_or(value, |old| keep(*old, value));
         self.measurements.insert(key.to_string(), kept);
+    }
+
+    /// Notes a number that depends on the clock or on the process's memory: no two runs repeat it, and the report keeps
+    /// it apart from what they do repeat. A repeated key keeps the value given last.
+    #[track_caller]
+    pub fn timing(&mut self, key: &str, value: f64) {
+        if value.is_finite() {
+            self.timings.insert(key.to_string(), value);
+        } else {
+            let seen = || (format!("timing {key} is a finite number"), format!("{key} = {value}"));
+            self.assert(Location::caller(), false, seen);
+        }
     }
 
     /// Leaves a remark in the report.
@@ -369,6 +385,8 @@ impl<'a> Context<'a> {
             assertions: self.assertions,
             values: self.values,
             measurements: self.measurements,
+            timings: self.timings,
+            errors: self.errors,
             notes: self.notes,
             output_tail: None,
             duration_s: duration.as_secs_f64(),

@@ -164,9 +164,9 @@ impl SuiteRules {
         let (mut failures, mut inconclusive) = (0, 0);
         for (verdict, count) in &totals.verdicts {
             match verdict {
-                Verdict::Pass | Verdict::Unsupported => {}
+                Verdict::Pass | Verdict::Unsupported | Verdict::Waived => {}
                 Verdict::Inconclusive => inconclusive += count,
-                Verdict::Fail | Verdict::Crash | Verdict::Timeout => failures += count,
+                Verdict::Fail | Verdict::Crash | Verdict::Timeout | Verdict::UnexpectedPass => failures += count,
             }
         }
         let mut at_most = |what: &str, seen: u64, limit: u64| {

@@ -23,6 +23,7 @@ pub mod suite;
 pub mod tolerance;
 pub mod verdict;
 pub mod worker;
+pub mod zoo;
 
 pub use backend::{BackendFactory, Capabilities, CreateOptions, Noise, Registry, RegistryError, Semantics};
 pub use case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};

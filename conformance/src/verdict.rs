@@ -21,12 +21,24 @@ pub enum Verdict {
     Crash,
     /// The deadline passed; the worker was killed.
     Timeout,
+    /// The case fails as an entry of the expectations file says it does: known, with a reason and a date of expiry.
+    Waived,
+    /// An entry of the expectations file says that the case fails, or the backend declares that it cannot, and it passes.
+    UnexpectedPass,
 }
 
 impl Verdict {
     /// Every verdict, in the order reports show them.
-    pub const ALL: [Self; 6] =
-        [Self::Pass, Self::Fail, Self::Crash, Self::Timeout, Self::Inconclusive, Self::Unsupported];
+    pub const ALL: [Self; 8] = [
+        Self::Pass,
+        Self::Fail,
+        Self::Crash,
+        Self::Timeout,
+        Self::UnexpectedPass,
+        Self::Inconclusive,
+        Self::Waived,
+        Self::Unsupported,
+    ];
 
     /// The name in reports.
     pub const fn name(self) -> &'static str {
@@ -37,12 +49,15 @@ impl Verdict {
             Self::Inconclusive => "inconclusive",
             Self::Crash => "crash",
             Self::Timeout => "timeout",
+            Self::Waived => "waived",
+            Self::UnexpectedPass => "unexpectedpass",
         }
     }
 
-    /// Whether a run with this verdict in it may still be called green: only passes and declared absences.
+    /// Whether a run with this verdict in it may still be called green: only passes, declared absences
+    /// and waivers.
     pub const fn is_good(self) -> bool {
-        matches!(self, Self::Pass | Self::Unsupported)
+        matches!(self, Self::Pass | Self::Unsupported | Self::Waived)
     }
 }
 
@@ -105,9 +120,15 @@ pub struct Outcome {
     pub assertions: u64,
     /// How many single values (logits, tokens, bytes) those assertions compared.
     pub values: u64,
-    /// Numbers measured on the way, by the names of [`crate::measure`].
+    /// Numbers measured on the way, by the names of [`crate::measure`]: the same in every run on one machine.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub measurements: BTreeMap<String, f64>,
+    /// Numbers of the clock and of the process's memory, which no two runs repeat.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub timings: BTreeMap<String, f64>,
+    /// The largest error that each tolerance was held against, by the tolerance's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub errors: BTreeMap<String, f64>,
     /// Remarks of the check.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
@@ -129,6 +150,8 @@ impl Outcome {
             assertions: 0,
             values: 0,
             measurements: BTreeMap::new(),
+            timings: BTreeMap::new(),
+            errors: BTreeMap::new(),
             notes: Vec::new(),
             output_tail: None,
             duration_s: 0.0,

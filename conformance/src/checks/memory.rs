@@ -154,7 +154,7 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     generate(engine.as_mut(), &tokens, 8, &greedy())?;
     let (_, after) = need_resident()?;
     let usage = engine.memory_usage();
-    ctx.measure("resident_growth_bytes", after - before);
+    ctx.timing("resident_growth_bytes", after - before);
     ctx.measure("model_weights_bytes", usage.model_weights as f64);
     // What is claimed is there.
     let slack = 4.0 * 1024.0 * 1024.0;
@@ -205,7 +205,7 @@ fn nothing_left_by_calls(ctx: &mut Context<'_>) -> CheckResult {
         forward(engine.as_mut(), &[vec![last]], None)?;
         Ok(())
     })?;
-    ctx.measure("left_by_forward_call", steps);
+    ctx.timing("left_by_forward_call", steps);
     ctx.check_at_most("bytes left by a forward call", steps, tolerance::LEAK_PER_CALL);
     let sessions = growth(100, || {
         let mut cache = KVCache::new(16);
@@ -213,20 +213,20 @@ fn nothing_left_by_calls(ctx: &mut Context<'_>) -> CheckResult {
         forward(engine.as_mut(), &[vec![last]], Some(&mut cache))?;
         Ok(())
     })?;
-    ctx.measure("left_by_session_with_a_cache", sessions);
+    ctx.timing("left_by_session_with_a_cache", sessions);
     ctx.check_at_most("bytes left by a session with a cache", sessions, tolerance::LEAK_PER_CALL);
     let generations = growth(50, || {
         generate(engine.as_mut(), &tokens[..3], 2, &plain(1))?;
         Ok(())
     })?;
-    ctx.measure("left_by_generation", generations);
+    ctx.timing("left_by_generation", generations);
     ctx.check_at_most("bytes left by a generation", generations, tolerance::LEAK_PER_CALL);
     let vocab = ctx.facts().vocab_size as u32;
     let refused = growth(100, || {
         let _ = super::support::try_forward(engine.as_mut(), &[vec![vocab]], None)?;
         Ok(())
     })?;
-    ctx.measure("left_by_refused_call", refused);
+    ctx.timing("left_by_refused_call", refused);
     ctx.check_at_most("bytes left by a refused call", refused, tolerance::LEAK_PER_CALL);
     Ok(())
 }
@@ -238,7 +238,7 @@ fn nothing_left_by_engines(ctx: &mut Context<'_>) -> CheckResult {
         forward(engine.as_mut(), &[prompt(ctx.facts(), 2, 940)], None)?;
         Ok(())
     })?;
-    ctx.measure("left_by_engine", left);
+    ctx.timing("left_by_engine", left);
     let limit = (tolerance::LEAK_PER_ENGINE * weights).max(256.0 * 1024.0);
     ctx.check_at_most("bytes left by an engine that was dropped", left, limit);
     Ok(())

@@ -41,8 +41,8 @@ fn test_case(case: &CaseResult) -> TestCase {
     let outcome = &case.outcome;
     let mut status = match outcome.verdict {
         Verdict::Pass => TestCaseStatus::success(),
-        Verdict::Unsupported => TestCaseStatus::skipped(),
-        Verdict::Fail => TestCaseStatus::non_success(NonSuccessKind::Failure),
+        Verdict::Unsupported | Verdict::Waived => TestCaseStatus::skipped(),
+        Verdict::Fail | Verdict::UnexpectedPass => TestCaseStatus::non_success(NonSuccessKind::Failure),
         Verdict::Inconclusive | Verdict::Crash | Verdict::Timeout => TestCaseStatus::non_success(NonSuccessKind::Error),
     };
     let mut lines: Vec<String> = outcome.reason.iter().cloned().collect();

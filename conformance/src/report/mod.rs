@@ -71,7 +71,7 @@ impl Totals {
         self.verdicts.get(&verdict).copied().unwrap_or(0)
     }
 
-    /// Whether every case passed or is a declared absence, and at least one passed.
+    /// Whether every case passed, is a declared absence or is waived, and at least one passed.
     pub fn is_green(&self) -> bool {
         let bad: u64 = self.verdicts.iter().filter(|(v, _)| !v.is_good()).map(|(_, n)| n).sum();
         bad == 0 && self.count(Verdict::Pass) > 0
@@ -104,11 +104,11 @@ impl Report {
         names
     }
 
-    /// The values of a measurement over the cases of one backend.
+    /// The values of a measurement, or of a timing, over the cases of one backend.
     pub fn measurements<'a>(&'a self, backend: &'a str, key: &'a str) -> impl Iterator<Item = f64> + 'a {
-        self.cases
-            .iter()
-            .filter(move |case| case.backend == backend)
-            .filter_map(move |case| case.outcome.measurements.get(key).copied())
+        self.cases.iter().filter(move |case| case.backend == backend).filter_map(move |case| {
+            let outcome = &case.outcome;
+            outcome.measurements.get(key).or_else(|| outcome.timings.get(key)).copied()
+        })
     }
 }
