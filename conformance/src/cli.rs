@@ -1,5 +1,7 @@
 //! The command line: `run`, `list`, `gate`. A binary registers its backends and hands over.
 
+mod prove;
+
 use crate::backend::Registry;
 use crate::gates::Thresholds;
 use crate::report::{Report, json, junit, terminal};
@@ -34,6 +36,8 @@ enum Command {
     List(ListArgs),
     /// Hold a JSON report against thresholds.
     Gate(GateArgs),
+    /// Hold the suite against backends that must be caught and backends that must pass.
+    Prove(prove::ProveArgs),
 }
 
 #[derive(Debug, Args)]
@@ -97,14 +101,23 @@ type Failure = Box<dyn std::error::Error>;
 /// Runs the command line against the registered backends as the `main` of a binary.
 pub fn main(registry: Registry) -> ExitCode {
     let result = Suite::new(registry).map_err(Failure::from).and_then(|suite| {
-        if let Some(code) = crate::worker::serve_if_asked(suite.registry(), suite.checks()) {
+        // A worker may be asked for any inhabitant of the zoos as well.
+        let everybody = crate::zoo::with_zoo(suite.registry().clone());
+        if let Some(code) = crate::worker::serve_if_asked(&everybody, suite.checks()) {
             return Ok(code);
         }
         let cli = Cli::parse();
+        // The inhabitants of the zoos run where they are named, and never by default.
+        let suite_of = |choice: &ChoiceArgs| match choice.backend.iter().any(|name| suite.registry().get(name).is_err())
+        {
+            true => Suite::new(everybody.clone()),
+            false => Ok(suite.clone()),
+        };
         match cli.command.unwrap_or(Command::Run(cli.run)) {
-            Command::Run(args) => run(&suite, args),
-            Command::List(args) => list(&suite, args),
+            Command::Run(args) => run(&suite_of(&args.choice)?, args),
+            Command::List(args) => list(&suite_of(&args.choice)?, args),
             Command::Gate(args) => gate(&args),
+            Command::Prove(args) => prove::prove(&everybody, args),
         }
     });
     result.unwrap_or_else(|error| {

@@ -30,7 +30,11 @@ pub struct Context<'a> {
     timings: BTreeMap<String, f64>,
     errors: BTreeMap<String, f64>,
     notes: Vec<String>,
+    fail_fast: bool,
 }
+
+/// What a check is unwound with at its first failed assertion, where nobody asks for more.
+pub(crate) struct FirstFailure;
 
 impl<'a> Context<'a> {
     /// A context for one run of one check. `scratch` is an existing folder that the check may write to; the caller
@@ -49,7 +53,15 @@ impl<'a> Context<'a> {
             timings: BTreeMap::new(),
             errors: BTreeMap::new(),
             notes: Vec::new(),
+            fail_fast: false,
         }
+    }
+
+    /// Ends the check at its first failed assertion.
+    #[must_use]
+    pub(crate) fn ending_at_first_failure(mut self, yes: bool) -> Self {
+        self.fail_fast = yes;
+        self
     }
 
     /// The backend under test.
@@ -356,6 +368,9 @@ impl<'a> Context<'a> {
                     seen: clip(seen),
                     at: format!("{}:{}", at.file(), at.line()),
                 });
+            }
+            if self.fail_fast {
+                std::panic::resume_unwind(Box::new(FirstFailure));
             }
         }
         holds

@@ -91,18 +91,27 @@ impl Runner {
         slots.into_iter().filter_map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
     }
 
+    /// As [`Self::run`], but the check ends at its first failed assertion: enough to know that there is one.
+    pub fn run_until_first_failure(&self, case: &Case) -> CaseResult {
+        self.run_with(case, true)
+    }
+
     /// Runs one case. Safe to call from many threads: a case that must run alone waits for the others and holds new
     /// ones back.
     pub fn run(&self, case: &Case) -> CaseResult {
+        self.run_with(case, false)
+    }
+
+    fn run_with(&self, case: &Case, fail_fast: bool) -> CaseResult {
         let outcome = if let Some(why) = case.unsupported {
             Outcome::bare(Verdict::Unsupported, why)
         } else if case.check.exclusive {
             let _gate = self.alone.write().unwrap_or_else(PoisonError::into_inner);
             // A fresh process: nothing that ran before shows in what is measured.
-            self.in_worker(case, true)
+            self.in_worker(case, true, fail_fast)
         } else {
             let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
-            self.in_worker(case, false)
+            self.in_worker(case, false, fail_fast)
         };
         CaseResult {
             id: case.id.clone(),
@@ -117,9 +126,9 @@ impl Runner {
         }
     }
 
-    fn in_worker(&self, case: &Case, fresh: bool) -> Outcome {
+    fn in_worker(&self, case: &Case, fresh: bool, fail_fast: bool) -> Outcome {
         let start = Instant::now();
-        let mut outcome = match self.try_in_worker(case, fresh) {
+        let mut outcome = match self.try_in_worker(case, fresh, fail_fast) {
             Ok(outcome) => outcome,
             Err(reason) => Outcome::bare(Verdict::Inconclusive, reason),
         };
@@ -129,7 +138,7 @@ impl Runner {
         outcome
     }
 
-    fn try_in_worker(&self, case: &Case, fresh: bool) -> Result<Outcome, String> {
+    fn try_in_worker(&self, case: &Case, fresh: bool, fail_fast: bool) -> Result<Outcome, String> {
         let model = self.fixture(case).map_err(|e| e.to_string())?;
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let scratch = self.root().join("scratch").join(serial.to_string());
@@ -145,6 +154,7 @@ impl Runner {
             check: case.check.name.to_string(),
             model: (*model).clone(),
             scratch: scratch.clone(),
+            fail_fast,
         };
         let deadline = case.check.deadline.unwrap_or(DEFAULT_DEADLINE);
         let outcome = match worker.ask(&request, deadline) {
