@@ -105,7 +105,7 @@ fn fresh_engine(ctx: &mut Context<'_>) -> CheckResult {
 }
 
 fn threads(ctx: &mut Context<'_>) -> CheckResult {
-    let tokens = prompt(ctx.facts(), 33, 74);
+    let tokens = prompt(ctx.facts(), ctx.facts().max_positions.min(33), 74);
     let mut expected: Option<(Vec<f32>, Vec<f32>, Vec<u32>)> = None;
     for threads in [1, 2, 3, 7] {
         let mut engine = ctx.engine_with(&CreateOptions::default().with_threads(threads))?;

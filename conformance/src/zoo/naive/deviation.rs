@@ -310,6 +310,11 @@ pub trait Deviation: Send + Sync + 'static {
         tokenizer.decode(tokens, true).unwrap_or_default()
     }
 
+    /// Whether the evaluation of a prompt is kept for a generation that begins with the same one.
+    fn reuses_prompt(&self) -> bool {
+        true
+    }
+
     /// The size of the pieces that a prompt is fed in.
     fn prefill_piece(&self, config: &GenerationConfig, length: usize) -> usize {
         config.prefill_chunk_size.unwrap_or(length).clamp(1, length.max(1))

@@ -43,6 +43,19 @@ pub struct Naive {
     pub serial: u64,
     /// Most bytes held at once.
     pub peak: usize,
+    /// The prompt of the last generation, so that the same one again costs nothing.
+    pub last_prompt: Option<Evaluated>,
+}
+
+/// A sequence and the logits behind its last token.
+#[derive(Clone)]
+pub struct Evaluated {
+    /// The tokens.
+    pub tokens: Vec<u32>,
+    /// Their keys and values.
+    pub sequence: Sequence,
+    /// The logits, one a token of the vocabulary.
+    pub logits: Vec<f32>,
 }
 
 impl Naive {
@@ -92,7 +105,7 @@ impl Naive {
         let owner = CacheOwner { backend: "naive".to_string(), model: NEXT_MODEL.fetch_add(1, Ordering::Relaxed) };
         let (device, peak) = (deviation.device(), weights.bytes());
         let shared = Arc::new(Shared { weights, tokenizer, deviation, semantics, options: options.clone(), owner });
-        Ok(Self { shared, config, device, serial: 0, peak })
+        Ok(Self { shared, config, device, serial: 0, peak, last_prompt: None })
     }
 
     /// Another caller on the same weights.
@@ -103,6 +116,7 @@ impl Naive {
             device: self.device.clone(),
             serial: 0,
             peak: self.shared.weights.bytes(),
+            last_prompt: None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! The decode loop of the naive engine.
 
 use super::cache::Sequence;
-use super::engine::Naive;
+use super::engine::{Evaluated, Naive};
 use super::sampler::{SplitMix, next_token};
 use bitnet_contracts::{
     ConfigurationError, FinishReason, GenerationConfig, GenerationResult, GenerationTiming, InputValidator, Result,
@@ -103,14 +103,25 @@ impl Naive {
         made: usize,
         config: &GenerationConfig,
     ) -> Result<Vec<f32>> {
+        let deviation = self.shared.deviation.clone();
+        let d = &*deviation;
         if made > 0 && !config.use_cache {
             *sequence = Sequence::new(sequence.keys.len());
         }
+        let prompt_only = made == 0 && d.reuses_prompt();
+        if let Some(known) = self.last_prompt.as_ref().filter(|known| prompt_only && known.tokens == tokens) {
+            *sequence = known.sequence.clone();
+            return Ok(known.logits.clone());
+        }
         let unread = &tokens[sequence.len..];
-        let piece = self.shared.deviation.prefill_piece(config, unread.len());
+        let piece = d.prefill_piece(config, unread.len());
         let mut logits = Vec::new();
         for chunk in unread.chunks(piece) {
             logits = self.feed(sequence, chunk)?;
+        }
+        if prompt_only {
+            let (tokens, sequence, logits) = (tokens.to_vec(), sequence.clone(), logits.clone());
+            self.last_prompt = Some(Evaluated { tokens, sequence, logits });
         }
         Ok(logits)
     }

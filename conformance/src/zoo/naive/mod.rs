@@ -13,7 +13,7 @@ mod weights;
 
 pub use cache::{NaiveCache, Sequence};
 pub use deviation::{At, Call, Deviation, Honest, Site};
-pub use engine::Naive;
+pub use engine::{Evaluated, Naive};
 pub use forward::Pass;
 pub use sampler::SplitMix;
 pub use weights::{LayerWeights, Ternary, Weights};
