@@ -75,6 +75,11 @@ pub(super) const CHECKS: &[Check] = &[
 /// Draws of one table: enough that a token of 6 % which never comes has a probability below the budget.
 const DRAWS: usize = 400;
 
+/// Draws after which a token of probability `p` has come, but for a probability within the budget.
+fn draws_to_see(p: f64) -> usize {
+    (tolerance::FALSE_ALARM.ln() / (1.0 - p).ln()).ceil() as usize
+}
+
 /// Draws one token `draws` times with different seeds.
 fn draw(
     ctx: &Context<'_>,
@@ -217,14 +222,16 @@ fn top_p(ctx: &mut Context<'_>) -> CheckResult {
     // One token too many or too few must be seen: both at the border have mass enough for hundreds of draws.
     let (kept, dropped) = (all.allowed[border - 1].1, all.allowed[border].1);
     ctx.note(format!("nucleus of {border}: the last kept has {kept:.3}, the first dropped {dropped:.3}"));
-    if (1.0 - dropped).powi(DRAWS as i32) > tolerance::FALSE_ALARM {
+    let mass: f64 = all.allowed[..=border].iter().map(|(_, p)| p).sum();
+    let draws = draws_to_see(dropped / mass).max(DRAWS);
+    if draws > 10 * DRAWS {
         return Err(Stop::Inconclusive(format!("the first token outside the nucleus has only {dropped:.4}")));
     }
     for keep in [1, 2, border] {
         let config = GenerationConfig { top_p: Some(all.nucleus_of(keep)), ..warm.clone() };
         let table = Table::new(&logits, &tokens, &config);
         ctx.check_eq("tokens in the table", table.allowed.len(), keep);
-        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, if keep == 1 { 100 } else { DRAWS })?;
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, if keep == 1 { 100 } else { draws })?;
         hold(ctx, &format!("top_p {:?} (a nucleus of {keep})", config.top_p), &drawn, &table);
     }
     // However small p is, one token is kept.
