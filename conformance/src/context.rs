@@ -3,6 +3,7 @@
 use crate::backend::{BackendFactory, Capabilities, CreateOptions};
 use crate::case::{CheckResult, Stop};
 use crate::model::{ModelFacts, ModelFixture};
+use crate::tolerance::Tolerance;
 use crate::verdict::{Failure, Outcome, Verdict};
 use bitnet_contracts::{BitNetInference, InferenceError, ThreadSafeInference};
 use golden::Golden;
@@ -15,6 +16,9 @@ use std::time::Duration;
 
 /// How many failed assertions of one case are kept with their texts; all are counted.
 pub const MAX_FAILURES: usize = 20;
+
+/// Before the name of a tolerance in the `timings` of an outcome: errors of the clock, which no two runs repeat.
+pub const CLOCK_ERROR: &str = "tolerance.";
 
 /// Everything a check may use: the backend, the model, golden data, and the assertions.
 pub struct Context<'a> {
@@ -264,28 +268,56 @@ impl<'a> Context<'a> {
         })
     }
 
-    /// Asserts that two lists of floats are within `tolerance` (absolute) of each other. NaN is never close.
+    /// Asserts that an error is within its tolerance, and notes it as the tolerance's evidence. NaN is within nothing.
     #[track_caller]
-    pub fn check_close(&mut self, what: impl Display, seen: &[f32], expected: &[f32], tolerance: f64) -> bool {
+    pub fn check_within(&mut self, what: impl Display, error: f64, tolerance: &Tolerance) -> bool {
+        self.values += 1;
+        self.within(Location::caller(), error, tolerance, || what.to_string())
+    }
+
+    /// Asserts that the largest difference of two lists of floats, in units of `scale`, is within its tolerance.
+    #[track_caller]
+    pub fn check_close_within(
+        &mut self,
+        what: impl Display,
+        seen: &[f32],
+        expected: &[f32],
+        scale: f64,
+        tolerance: &Tolerance,
+    ) -> bool {
         let at = Location::caller();
         self.values += expected.len() as u64;
         if seen.len() != expected.len() {
             return self.assert(at, false, || lengths(&what, seen.len(), expected.len()));
         }
-        let mut worst: Option<(usize, f64)> = None;
-        for (i, (s, e)) in seen.iter().zip(expected).enumerate() {
-            let gap = (f64::from(*s) - f64::from(*e)).abs();
-            let gap = if gap.is_nan() { f64::INFINITY } else { gap };
-            if worst.is_none_or(|(_, w)| gap > w) {
-                worst = Some((i, gap));
-            }
-        }
-        let (i, gap) = worst.unwrap_or((0, 0.0));
-        self.assert(at, gap <= tolerance, || {
-            (
-                format!("{what} within {tolerance:e}: [{i}] = {:?}", expected[i]),
-                format!("[{i}] = {:?}, off by {gap:e}", seen[i]),
-            )
+        let (i, gap) = worst_gap(seen, expected);
+        // What is equal is within anything, in any unit, zero included.
+        let error = if gap == 0.0 { 0.0 } else { gap / scale };
+        let value = |list: &[f32]| list.get(i).copied().unwrap_or(0.0);
+        self.within(at, error, tolerance, || {
+            format!("{what}, worst at [{i}] ({:?} for {:?})", value(seen), value(expected))
+        })
+    }
+
+    /// Notes an error as evidence for a tolerance, without an assertion: the largest is kept.
+    pub fn note_error(&mut self, error: f64, tolerance: &Tolerance) {
+        // JSON has no infinity, and a maximum would lose a NaN.
+        let error = if error.is_nan() { f64::MAX } else { error.clamp(0.0, f64::MAX) };
+        let on_the_clock = tolerance.entry().is_some_and(|e| e.clock);
+        let (map, key) = match on_the_clock {
+            true => (&mut self.timings, format!("{CLOCK_ERROR}{}", tolerance.name())),
+            false => (&mut self.errors, tolerance.name().to_string()),
+        };
+        let kept = map.get(&key).map_or(error, |old| old.max(error));
+        map.insert(key, kept);
+    }
+
+    fn within(&mut self, at: &Location<'_>, error: f64, tolerance: &Tolerance, what: impl FnOnce() -> String) -> bool {
+        self.note_error(error, tolerance);
+        let (limit, unit) = (tolerance.limit(), tolerance.unit());
+        self.assert(at, error <= limit, || {
+            let what = what();
+            (format!("{what}: at most {limit:e} {unit} ({})", tolerance.name()), format!("{what}: {error:e}"))
         })
     }
 
@@ -417,6 +449,19 @@ pub(crate) enum End {
 
 fn lengths(what: &impl Display, seen: usize, expected: usize) -> (String, String) {
     (format!("{what} has {expected} elements"), format!("{what} has {seen} elements"))
+}
+
+/// The largest difference of two lists and its place; a NaN is further than anything.
+fn worst_gap(seen: &[f32], expected: &[f32]) -> (usize, f64) {
+    let mut worst = (0, 0.0);
+    for (i, (s, e)) in seen.iter().zip(expected).enumerate() {
+        let gap = (f64::from(*s) - f64::from(*e)).abs();
+        let gap = if gap.is_nan() { f64::INFINITY } else { gap };
+        if gap > worst.1 {
+            worst = (i, gap);
+        }
+    }
+    worst
 }
 
 /// Keeps texts of failures readable: a debug print of a whole tensor is cut.

@@ -1,103 +1,221 @@
 //! Every tolerance of the suite, with the evidence for it.
 //!
-//! Each constant names the largest error that an honest backend showed and the smallest that a faulty one showed. The
-//! figures come from two sources. *Oracle*: a study with transformers on nine checkpoints of the kind of c02 to c09, with
-//! thirty simulated float32 evaluators. *Measured*: an independent numpy evaluator run on c02, c05, c07 and the trained
-//! fixture model, as it is, with relative noise of 1e-6 put before every activation quantiser (ten times what float32
-//! arithmetic does; worst of eight runs), with f16 keys and values, with a bf16 residual stream, and with one fault at
-//! a time.
+//! The numbers stand in `tolerances.toml`, one table a tolerance, and nowhere else: the limit, the worst error of an
+//! honest backend and the nearest error of a faulty one. All are errors, so that larger is worse: a correlation r is
+//! held as 1 − r, a slope as its distance from 1, a share as what is missing from it. `conformance calibrate` measures
+//! them anew.
 
-/// The source's own gate: Pearson correlation of the worst position with the fp32 golden (B15).
+mod resources;
+
+pub use resources::*;
+
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+/// The file, as it stands in the repository.
+pub const TABLE: &str = include_str!("../tolerances.toml");
+
+/// A faulty error that is less than this many times the worst honest one is no evidence: the tolerance tells no fault
+/// from noise.
+pub const MIN_SEPARATION: f64 = 4.0;
+
+/// A tolerance by its name. Checks hold errors to it with [`crate::Context::check_within`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tolerance {
+    name: &'static str,
+}
+
+impl Tolerance {
+    /// The tolerance of this name in `tolerances.toml`.
+    pub const fn named(name: &'static str) -> Self {
+        Self { name }
+    }
+
+    /// The name in `tolerances.toml` and in the `errors` of an [`crate::Outcome`].
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The largest error that passes. NaN, which no error is within, where the table has no such tolerance.
+    pub fn limit(&self) -> f64 {
+        self.entry().map_or(f64::NAN, |e| e.limit)
+    }
+
+    /// The unit of the errors, such as `of the largest golden logit`.
+    pub fn unit(&self) -> &'static str {
+        self.entry().map_or("", |e| &e.unit)
+    }
+
+    /// What the table says of it.
+    pub fn entry(&self) -> Option<&'static Entry> {
+        entries().get(self.name)
+    }
+}
+
+/// What justifies a limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rule {
+    /// The geometric mean of the worst honest and the nearest faulty error, which are apart by [`MIN_SEPARATION`] or
+    /// more.
+    Evidence,
+    /// The contract's own number, which lies between the two.
+    Contract,
+    /// A probability or an argument about a distribution, stated in `why`.
+    Statistical,
+    /// An allowance for what cannot be measured as an error, for the reason in `why`.
+    Grant,
+}
+
+/// One tolerance of `tolerances.toml`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// The unit of limit and errors.
+    pub unit: String,
+    /// What is held to it, in one line.
+    pub what: String,
+    /// What justifies the limit.
+    pub rule: Rule,
+    /// The reason, for rules that need words.
+    pub why: Option<String>,
+    /// The largest error that passes.
+    pub limit: f64,
+    /// The worst error of an honest backend.
+    pub honest: Option<f64>,
+    /// That backend and the model, as `backend/model`.
+    pub honest_by: Option<String>,
+    /// The nearest error of a faulty backend above the limit.
+    pub faulty: Option<f64>,
+    /// That fault and the model, as `fault/model`.
+    pub faulty_by: Option<String>,
+    /// The errors come from the clock or from the process's memory, and no two runs repeat them.
+    #[serde(default)]
+    pub clock: bool,
+}
+
+impl Entry {
+    /// How many times the worst honest error the nearest faulty one is.
+    pub fn separation(&self) -> Option<f64> {
+        Some(self.faulty? / self.honest?)
+    }
+
+    /// What is wrong with the entry by its own rule; empty where it is sound.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let mut demand = |holds: bool, what: String| {
+            if !holds {
+                faults.push(what);
+            }
+        };
+        demand(self.limit.is_finite() && self.limit > 0.0, format!("limit {} is no positive number", self.limit));
+        demand(self.honest.is_some() == self.honest_by.is_some(), "honest needs honest_by".to_string());
+        demand(self.faulty.is_some() == self.faulty_by.is_some(), "faulty needs faulty_by".to_string());
+        if let Some(honest) = self.honest {
+            demand(honest < self.limit, format!("an honest error of {honest} is not below the limit {}", self.limit));
+        }
+        if let Some(faulty) = self.faulty {
+            demand(faulty > self.limit, format!("a faulty error of {faulty} is not above the limit {}", self.limit));
+        }
+        match self.rule {
+            Rule::Statistical | Rule::Grant => {
+                demand(self.why.as_ref().is_some_and(|why| !why.trim().is_empty()), "why is missing".to_string());
+            }
+            Rule::Contract | Rule::Evidence => {
+                demand(self.honest.is_some() && self.faulty.is_some(), "two measurements are needed".to_string());
+            }
+        }
+        if let (Rule::Evidence, Some(honest), Some(faulty)) = (self.rule, self.honest, self.faulty) {
+            let limit = middle(honest, faulty);
+            let near = (self.limit / limit - 1.0).abs() <= ROUNDING;
+            demand(near, format!("limit {:e} is not the geometric mean {limit:e}", self.limit));
+            let apart = faulty / honest;
+            demand(apart >= MIN_SEPARATION, format!("faulty / honest is {apart:.2}, below {MIN_SEPARATION}"));
+        }
+        faults
+    }
+}
+
+/// What rounding to two digits may change, at most: 1.05 to 1.0 or 1.1.
+const ROUNDING: f64 = 0.05;
+
+/// The geometric mean of two errors, to two significant digits.
+pub fn middle(honest: f64, faulty: f64) -> f64 {
+    rounded((honest * faulty).sqrt(), 2)
+}
+
+/// A number to so many significant digits.
+pub fn rounded(value: f64, digits: usize) -> f64 {
+    format!("{value:.*e}", digits.saturating_sub(1)).parse().unwrap_or(value)
+}
+
+/// A table by name.
+pub type Table = BTreeMap<String, Entry>;
+
+/// Reads a table of tolerances.
 ///
-/// Honest int8 activations: 0.9978 (c02), 0.9957 on the worst random network of the oracle. It sees the architecture,
-/// not the arithmetic: wrong theta 0.94-0.96, silu 0.85-0.87, no sub-norm 0.54-0.84, interleaved RoPE 0.22-0.33, but
-/// truncating activations 0.992 and a batch-wide activation scale 0.993 pass it. Hence the gates below.
-pub const MIN_CORRELATION: f64 = 0.99;
+/// # Errors
+/// What TOML says of a text that is none, or of a field that is missing or unknown.
+pub fn parse(text: &str) -> Result<Table, toml::de::Error> {
+    toml::from_str(text)
+}
 
-/// `fp32` semantics, float32 arithmetic: largest absolute difference of a logit from the fp32 golden, for logits with a
-/// standard deviation of about 3.3.
-///
-/// Oracle: honest float32 evaluations 1.3e-5 to 2.4e-5; the nearest fault (epsilon 1e-6 for 1e-5) 1.8e-4.
-pub const FP32_ABS: f64 = 5e-5;
+/// The committed table. Empty where it cannot be read, which a unit test rules out; then no error is within anything.
+pub fn entries() -> &'static Table {
+    static ENTRIES: LazyLock<Table> = LazyLock::new(|| parse(TABLE).unwrap_or_default());
+    &ENTRIES
+}
 
-/// The same for a golden whose logits reach further: this much of the golden's largest magnitude is allowed where that
-/// is more than [`FP32_ABS`], which begins at a magnitude of 20.
-///
-/// Measured: float32 against float64 on the trained fixture model 2.2e-5 with logits up to 22.1 (1.0e-6 of it), on
-/// the synthetic cases 1.0e-6 to 1.5e-6 of it; the nearest fault on the trained model (epsilon) 1.0e-2 (5e-4 of it).
-pub const FP32_RELATIVE: f64 = 2.5e-6;
+/// Declares tolerances and lists them all.
+macro_rules! tolerances {
+    ($($(#[$doc:meta])* $constant:ident = $name:literal;)*) => {
+        $($(#[$doc])* pub static $constant: Tolerance = Tolerance::named($name);)*
 
-/// `w1.58a8`, float32 arithmetic: a row counts as reproduced when no logit is further from the golden than this.
-///
-/// Oracle: rows without a rounding flip agree to 4e-6, rows with one are off by 0.1 to 0.5. Nothing lies between.
-pub const A8_ROW_WITHIN: f64 = 1e-3;
+        /// Every tolerance that the checks use, in the order of the table.
+        pub static ALL: &[&Tolerance] = &[$(&$constant),*];
+    };
+}
 
-/// `w1.58a8`, float32 arithmetic: the mean share of reproduced rows over [`A8_SHARE_MODELS`].
-///
-/// Oracle: honest at least 0.84; faults 0.00 to 0.57.
-pub const A8_SHARE: f64 = 0.7;
+tolerances! {
+    /// 1 − Pearson correlation of the worst position with the fp32 golden: the contract's own gate.
+    FP32_CORRELATION = "fp32_correlation";
+    /// `fp32` semantics: the largest difference of a logit from the golden.
+    FP32_LOGIT = "fp32_logit";
+    /// `fp32` semantics: two evaluations of one sequence by one backend that claims no bit-exactness.
+    FP32_SELF = "fp32_self";
+    /// `w1.58a8`: a row counts as reproduced when its largest difference from the golden is within this.
+    A8_ROW = "a8_row";
+    /// `w1.58a8`: the mean share of rows over [`A8_SHARE_MODELS`] that are not reproduced.
+    A8_ROWS_LOST = "a8_rows_lost";
+    /// `w1.58a8`: 1 − correlation of the worst row with the golden.
+    A8_CORRELATION = "a8_correlation";
+    /// The same for coarse noise.
+    COARSE_CORRELATION = "coarse_correlation";
+    /// `w1.58a8`: mean KL divergence and mean NMSE, in units of the model's own quantisation gap.
+    A8_GAP = "a8_gap";
+    /// The same for coarse noise.
+    COARSE_GAP = "coarse_gap";
+    /// `w1.58a8`: KL divergence of the worst row, in units of the worst row of the model's own quantisation gap.
+    GAP_WORST = "gap_worst";
+    /// Distance from 1 of the mean slope of logits on golden logits.
+    SLOPE_MEAN = "slope_mean";
+    /// Distance from 1 of the slope of the worst row.
+    SLOPE_WORST = "slope_worst";
+    /// `w1.58a8`: the golden's lead over the second token where the backend has another first.
+    A8_MARGIN = "a8_margin";
+    /// Hidden states times the head against the logits.
+    HEAD = "head";
+    /// The same where 16-bit floats are used.
+    HEAD_COARSE = "head_coarse";
+    /// Distance from 1 of the sum of a row of attention weights.
+    ATTENTION_SUM = "attention_sum";
+    /// A part of a time that an engine reports, over the whole that it is a part of.
+    TIME_WITHIN = "time_within";
+}
 
-/// The cases over which [`A8_SHARE`] is taken.
+/// The cases over which [`A8_ROWS_LOST`] is taken.
 pub const A8_SHARE_MODELS: [&str; 3] = ["c02-h256-gqa2-untied", "c05-h512-gqa4-tied", "c07-h256-bitlinear"];
-
-/// `w1.58a8`, float32 arithmetic: Pearson correlation of the worst row with the w1.58a8 golden.
-///
-/// Oracle: honest 0.9981. Measured: with noise 0.9989 on the large synthetic cases and 0.9998 on the trained model; the
-/// two derivations of the golden agree to 0.9998 in every row of all eighteen cases. Truncated rounding 0.9921 to
-/// 0.9933, batch-wide scale 0.9929 to 0.9958.
-pub const A8_ROW_CORRELATION: f64 = 0.997;
-
-/// `w1.58a8`, coarse noise: Pearson correlation of the worst row with the w1.58a8 golden.
-///
-/// Oracle: transformers in bf16 throughout 0.99645 (c02). Measured: truncated rounding 0.9921, batch-wide scale 0.9929.
-pub const COARSE_ROW_CORRELATION: f64 = 0.995;
-
-/// `w1.58a8`: mean KL divergence from the w1.58a8 golden, in units of the model's own quantisation gap, which is the
-/// same divergence between its fp32 and its w1.58a8 golden. The unit makes one number serve models of any size.
-///
-/// Measured, float32: honest 0.05 to 0.42; batch-wide scale 2.6 to 3.7, truncated rounding 3.8 to 4.7.
-pub const A8_GAP_MEAN: f64 = 1.0;
-
-/// The same for coarse noise. Measured: bf16 residual stream 0.17 to 0.5, f16 keys and values 0.5 to 0.65; bf16
-/// throughout 1.7 (from the oracle's squared errors). Faults as in [`A8_GAP_MEAN`], 2.6 and up.
-pub const COARSE_GAP_MEAN: f64 = 2.1;
-
-/// `w1.58a8`: KL divergence of the worst row, in units of the worst row of the model's own quantisation gap.
-///
-/// One row is a noisy thing: honest 0.1 to 1.2, coarse 0.9; truncated rounding 1.5 to 6.0, wrong theta 7.3 to 24.5.
-pub const GAP_WORST: f64 = 4.0;
-
-/// Either semantics: the mean over the rows of the slope of seen on golden logits, as a distance from 1.
-///
-/// Measured: honest at most 0.0003, coarse 0.0007, wrong theta 0.007; a final scale that is off by 3 % is 0.03.
-pub const SLOPE_MEAN: f64 = 0.01;
-
-/// The same for the worst row. Measured: honest 0.0135 (trained model), fp32 against w1.58a8 0.0163; wrong theta 0.067.
-pub const SLOPE_WORST: f64 = 0.04;
-
-/// Another top-1 token than the golden's is no fault where the golden's first two logits are closer than this
-/// (`w1.58a8`). Measured: honest 0.355 at most. Batch-wide scale 1.01, wrong theta 1.35, silu 3.8 (c02).
-pub const A8_MARGIN: f64 = 1.0;
-
-/// The same for `fp32` semantics: logits within [`FP32_ABS`] can only swap tokens closer than twice that.
-pub const FP32_MARGIN: f64 = 1e-3;
-
-/// Two evaluations of one sequence by one `fp32` backend that claims no bit-exactness (chunked and whole, alone and in
-/// a batch): each is within [`FP32_ABS`] of the truth, so they are within twice that of each other; relative to the
-/// largest logit as in [`FP32_RELATIVE`]. The nearest fault, a position off by one, moves logits by more than 0.1.
-pub const FP32_SELF: f64 = 1e-4;
-
-/// Logits computed here from the backend's hidden states and the file's embedding, against its logits, relative to the
-/// largest logit. Measured: 4e-8 to 9e-7 over all built-in models; hidden states before the final norm are off by the
-/// whole magnitude.
-pub const HEAD_RELATIVE: f64 = 2e-5;
-
-/// The same where the backend keeps 16-bit floats somewhere: bf16 keeps eight bits of each hidden value.
-pub const HEAD_RELATIVE_COARSE: f64 = 2e-2;
-
-/// How far a row of attention weights may sum from 1. Measured in float32: 2e-7; 16-bit weights of 512 positions may be
-/// off by 1e-3. Weights before the softmax, or of a row that leaves out one of ten positions, are off by 0.1 and more.
-pub const ATTENTION_SUM: f64 = 5e-3;
 
 /// The probability, at most, that one honest sampler fails one of the frequency assertions by bad luck. The sampling
 /// checks make fewer than ten thousand of them a run, so that an honest backend meets a false alarm in fewer than one
@@ -107,40 +225,53 @@ pub const ATTENTION_SUM: f64 = 5e-3;
 /// nucleus one token long draws what the table forbids, which no honest sampler does.
 pub const FALSE_ALARM: f64 = 1e-10;
 
-/// Resident memory that one call may leave behind on average, in bytes: the lowest of three windows of 100 calls each,
-/// after a warm-up, because an allocator that takes a page now and then does not do so in every window.
-///
-/// Measured with three sound engines on the trained model: 0. A leaked row of its logits is 16,384, a leaked cache of
-/// eight positions 32,768.
-pub const LEAK_PER_CALL: f64 = 2048.0;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
 
-/// The same for making and dropping an engine, as a share of the bytes of its weights. Measured: at most 683 bytes, 0.0002;
-/// what a leaked model holds is 1.
-pub const LEAK_PER_ENGINE: f64 = 0.25;
+    #[test]
+    fn every_tolerance_has_one_entry_and_every_entry_a_tolerance() {
+        let table = parse(TABLE).expect("tolerances.toml");
+        let named: Vec<&str> = ALL.iter().map(|t| t.name()).collect();
+        let unique: BTreeSet<&str> = named.iter().copied().collect();
+        assert_eq!(unique.len(), named.len(), "a name is used twice");
+        assert_eq!(table.keys().map(String::as_str).collect::<BTreeSet<_>>(), unique);
+    }
 
-/// What a process may grow by over a long session, in what its cache says it holds: a cache that is copied as it grows
-/// leaves holes behind. Measured: 3.1 with a cache that is copied for every chunk.
-pub const SESSION_FACTOR: f64 = 4.0;
+    #[test]
+    fn every_entry_is_sound_by_its_rule() {
+        for (name, entry) in entries() {
+            assert_eq!(entry.faults(), [""; 0], "{name}");
+            assert!(!entry.unit.is_empty() && !entry.what.is_empty(), "{name}");
+        }
+    }
 
-/// The same besides the cache, in bytes: activations, logits and the allocator's own pages. A cache of the trained model
-/// that is not owned up to is 2 MiB in f32.
-pub const SESSION_SLACK: f64 = 1_500_000.0;
+    fn entry(rule: &str, limit: f64) -> Entry {
+        let text = format!(
+            "unit = 'u'\nwhat = 'w'\nrule = '{rule}'\nlimit = {limit}\nhonest = 1\nhonest_by = 'h/m'\nfaulty = 9\nfaulty_by = 'f/m'"
+        );
+        toml::from_str(&text).expect("an entry")
+    }
 
-/// How much more than its capacity times 2 x layers x kv heads x head_dim values of eight bytes a cache may hold: room
-/// taken ahead of need by a vector that doubles.
-pub const CACHE_SLACK: f64 = 2.0;
+    #[test]
+    fn an_entry_without_evidence_is_found_out() {
+        assert!(entry("evidence", 3.0).faults().is_empty());
+        assert_eq!(entry("evidence", 4.0).faults().len(), 1, "not the geometric mean");
+        assert_eq!(Entry { faulty: Some(3.9), ..entry("evidence", 2.0) }.faults().len(), 1, "too near");
+        assert!(entry("contract", 4.0).faults().is_empty());
+        assert_eq!(entry("contract", 0.5).faults().len(), 1, "below the honest error");
+        assert_eq!(entry("contract", 10.0).faults().len(), 1, "above the faulty error");
+        assert_eq!(Entry { faulty: None, ..entry("contract", 4.0) }.faults().len(), 2, "one measurement, half named");
+        assert_eq!(entry("grant", 4.0).faults(), ["why is missing"]);
+        assert_eq!(entry("statistical", 4.0).faults(), ["why is missing"]);
+        assert_eq!(Entry { limit: f64::NAN, ..entry("contract", 4.0) }.faults().len(), 3);
+    }
 
-/// How far `flops_estimate` may be from twice the weights that a token meets, times the tokens, as a factor either way.
-/// Measured: 1.004, the rest being attention; a count of multiply-adds as one is a factor of exactly 2.
-pub const FLOPS_FACTOR: f64 = 1.9;
-
-/// What `total_time` may say beyond the wall time of the call, as a factor; one millisecond is granted besides.
-pub const CLOCK_SLACK: f64 = 1.05;
-
-/// The least share of a call's wall time that `total_time` must own up to, in the best of several calls.
-pub const TIME_OWNED: f64 = 0.25;
-
-/// Deterministic generation may cost at most this factor of sampling without a seed (contract: no degradation); the best
-/// of interleaved runs. Measured on a busy machine: 0.85 to 1.18 for three backends. An engine that gives up its second
-/// thread or its cache for determinism is slower by 2 or more.
-pub const DETERMINISTIC_COST: f64 = 1.5;
+    #[test]
+    fn a_name_that_the_table_lacks_lets_nothing_pass() {
+        assert!(Tolerance::named("no such").limit().is_nan());
+        assert_eq!(middle(1e-6, 9e-4), 3.0e-5);
+        assert_eq!(rounded(123_456.0, 3), 123_000.0);
+    }
+}

@@ -72,7 +72,7 @@ fn checks() -> Vec<Check> {
         check("errors/asserts_nothing", |_| Ok(())),
         check("errors/fails_softly", |ctx| {
             ctx.check_eq("sum", 1 + 1, 3);
-            ctx.check_close("logits", &[1.0, 2.5], &[1.0, 2.0], 1e-3);
+            ctx.check_close_within("logits", &[1.0, 2.5], &[1.0, 2.0], 2.0, &conformance::tolerance::FP32_LOGIT);
             ctx.check_bits("bits", &[0.0], &[-0.0]);
             ctx.check_at_most("gap", f64::NAN, 1.0);
             ctx.check(true, "holds", "holds");
@@ -201,7 +201,7 @@ fn failures_keep_what_was_expected_and_seen() -> TestResult {
     ensure(outcome.verdict == Verdict::Fail && outcome.assertions == 5 && outcome.failed_assertions == 4, &outcome)?;
     let texts: Vec<String> = outcome.failures.iter().map(|f| format!("{} | {}", f.expected, f.seen)).collect();
     ensure(texts[0] == "sum = 3 | sum = 2", &texts)?;
-    ensure(texts[1].contains("[1] = 2.0") && texts[1].contains("off by 5e-1"), &texts)?;
+    ensure(texts[1].contains("worst at [1] (2.5 for 2.0)") && texts[1].contains("2.5e-1"), &texts)?;
     ensure(texts[2].contains("0x80000000") && texts[2].contains("0x00000000"), &texts)?;
     ensure(outcome.failures.iter().all(|f| f.at.contains("framework.rs:")), &outcome)?;
     let outcome = run("fails_hard")?.outcome;

@@ -1,9 +1,10 @@
 //! Limits, stop rules and results of generation.
 
 use super::support::{
-    SMALL_CONTEXT, TRAINED_MODEL, generate, greedy, own_greedy, own_margin, plain, prompt, same_greedy, until_eos,
+    SMALL_CONTEXT, TRAINED_MODEL, generate, greedy, own_greedy, plain, prompt, same_greedy, until_eos,
 };
 use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};
+use crate::tolerance;
 use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
 use std::time::{Duration, Instant};
 
@@ -107,9 +108,8 @@ fn endless_prompt(
 ) -> Result<(Vec<u32>, Vec<u32>), Stop> {
     for salt in 0..40 {
         let tokens = prompt(ctx.facts(), len, 200 + salt);
-        let out = own_greedy(engine, &tokens, steps)?;
-        let clear = ctx.capabilities().bitwise || out.iter().all(|(_, margin)| *margin > own_margin(ctx));
-        if clear && out.iter().all(|(token, _)| !ctx.facts().eos.contains(token)) {
+        let out = own_greedy(ctx, engine, &tokens, steps)?;
+        if out.iter().all(|(token, clear)| *clear && !ctx.facts().eos.contains(token)) {
             return Ok((tokens, out.into_iter().map(|(token, _)| token).collect()));
         }
     }
@@ -175,8 +175,8 @@ fn context_full(ctx: &mut Context<'_>) -> CheckResult {
 fn with_new_token(ctx: &Context<'_>, engine: &mut dyn BitNetInference) -> Result<(Vec<u32>, Vec<u32>, usize), Stop> {
     for salt in 0..40 {
         let tokens = prompt(ctx.facts(), 4, 220 + salt);
-        let out = own_greedy(engine, &tokens, 8)?;
-        if !ctx.capabilities().bitwise && out.iter().any(|(_, margin)| *margin <= own_margin(ctx)) {
+        let out = own_greedy(ctx, engine, &tokens, 8)?;
+        if out.iter().any(|(_, clear)| !clear) {
             continue;
         }
         let out: Vec<u32> = out.into_iter().map(|(token, _)| token).collect();
@@ -328,17 +328,17 @@ fn result_is_true(ctx: &mut Context<'_>) -> CheckResult {
         let beyond = result.generated_tokens.iter().find(|&&t| t >= vocab);
         ctx.check(beyond.is_none(), format!("tokens below {vocab}"), format!("{beyond:?}"));
         let timing = &result.timing;
-        let slack = wall / 20 + Duration::from_millis(1);
         ctx.check_eq("per_token entries", timing.per_token.len(), made);
         ctx.check(timing.total > Duration::ZERO, "total time above 0", format!("{:?}", timing.total));
         let within = [
-            ("total within the caller's wall time", timing.total, wall + slack),
-            ("prefill + decode within total", timing.prefill + timing.decode, timing.total + slack),
-            ("time_to_first_token within total", timing.time_to_first_token, timing.total + slack),
-            ("sum of per_token within total", timing.per_token.iter().sum(), timing.total + slack),
+            ("total in the caller's wall time", timing.total, wall),
+            ("prefill + decode in total", timing.prefill + timing.decode, timing.total),
+            ("time_to_first_token in total", timing.time_to_first_token, timing.total),
+            ("sum of per_token in total", timing.per_token.iter().sum(), timing.total),
         ];
-        for (what, seen, limit) in within {
-            ctx.check(seen <= limit, format!("{what}: at most {limit:?}"), format!("{seen:?}"));
+        for (what, part, whole) in within {
+            let what = format!("{what}: {part:?} in {whole:?}");
+            ctx.check_within(what, part.as_secs_f64() / whole.as_secs_f64(), &tolerance::TIME_WITHIN);
         }
         if made > 0 {
             ctx.check(
@@ -349,7 +349,8 @@ fn result_is_true(ctx: &mut Context<'_>) -> CheckResult {
             let rate = result.tokens_per_second();
             let expected = made as f64 / timing.total.as_secs_f64();
             ctx.check(
-                (rate - expected).abs() <= 0.01 * expected,
+                // A rate is an f32, and is rounded once or twice.
+                (rate - expected).abs() <= 2.0 * f64::from(f32::EPSILON) * expected,
                 format!("tokens_per_second() = tokens / total = {expected}"),
                 rate,
             );
@@ -363,7 +364,8 @@ fn greedy_is_argmax(ctx: &mut Context<'_>) -> CheckResult {
     let steps = 8;
     for salt in 0..2 {
         let tokens = prompt(ctx.facts(), 5, 260 + salt);
-        let expected: Vec<u32> = own_greedy(engine.as_mut(), &tokens, steps)?.into_iter().map(|(t, _)| t).collect();
+        let expected: Vec<u32> =
+            own_greedy(ctx, engine.as_mut(), &tokens, steps)?.into_iter().map(|(t, _)| t).collect();
         let configs = [
             ("GenerationConfig::greedy()", greedy()),
             ("do_sample false", GenerationConfig { do_sample: false, temperature: 1.7, ..plain(1) }),

@@ -1,7 +1,7 @@
 //! Shapes, element types, devices and configuration.
 
 use super::edit::Model;
-use super::support::{Logits, forward, ids, other_token, prompt, same_logits};
+use super::support::{Logits, forward, ids, other_token, prompt, reach, same_logits};
 use crate::backend::{CreateOptions, Noise};
 use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet};
 use crate::tolerance;
@@ -153,8 +153,7 @@ fn check_attention(ctx: &mut Context<'_>, what: &str, values: &[f32], seq: usize
         late = weights[position + 1..].iter().fold(late, |m, &w| m.max(w.abs()));
     }
     ctx.compared(values.len());
-    ctx.measure_max("attention_sum_error", worst_sum);
-    ctx.check_at_most(format!("{what}: distance of a row's sum from 1"), worst_sum, tolerance::ATTENTION_SUM);
+    ctx.check_within(format!("{what}: distance of a row's sum from 1"), worst_sum, &tolerance::ATTENTION_SUM);
     ctx.check_eq(format!("{what}: lowest weight below zero"), negative, 0.0);
     ctx.check_eq(format!("{what}: largest weight on a later position"), late, 0.0);
 }
@@ -182,14 +181,11 @@ fn hidden_states(ctx: &mut Context<'_>) -> CheckResult {
         })
         .collect();
     let logits = Logits::of(&output)?;
-    let reach = logits.data.iter().fold(0.0f64, |m, &x| m.max(f64::from(x).abs()));
-    let relative = match ctx.capabilities().noise {
-        Noise::F32 => tolerance::HEAD_RELATIVE,
-        Noise::Coarse => tolerance::HEAD_RELATIVE_COARSE,
+    let tolerance = match ctx.capabilities().noise {
+        Noise::F32 => &tolerance::HEAD,
+        Noise::Coarse => &tolerance::HEAD_COARSE,
     };
-    let worst = product.iter().zip(&logits.data).fold(0.0f64, |m, (a, b)| m.max(f64::from((a - b).abs())));
-    ctx.measure("head_relative_error", worst / reach.max(1.0));
-    ctx.check_close("hidden states times the head", &product, &logits.data, relative * reach.max(1.0));
+    ctx.check_close_within("hidden states times the head", &product, &logits.data, reach(&logits.data), tolerance);
     Ok(())
 }
 
