@@ -99,13 +99,19 @@ pub const HEAD_RELATIVE_COARSE: f64 = 2e-2;
 /// off by 1e-3. Weights before the softmax, or of a row that leaves out one of ten positions, are off by 0.1 and more.
 pub const ATTENTION_SUM: f64 = 5e-3;
 
-/// The probability, at most, that one honest sampler fails one of the frequency assertions by bad luck. The sampling
-/// checks make fewer than ten thousand of them a run, so that an honest backend meets a false alarm in fewer than one
-/// run of a million.
+/// The probability, at most, that one honest backend meets a false alarm in one run: the budget that all statistical
+/// assertions share.
+pub const RUN_FALSE_ALARM: f64 = 1e-6;
+
+/// The most statistical assertions that a run makes of one backend. They are counted: a run that makes more has spent
+/// more than its budget, and fails. Measured: ? with every check on every built-in model.
+pub const STATISTICAL_ASSERTIONS: u64 = 10_000;
+
+/// The probability, at most, that an honest backend fails one statistical assertion by bad luck.
 ///
 /// Measured with one fault at a time in the engine: a nucleus one token short e^-194, a seed that is ignored e^-3019; a
 /// nucleus one token long draws what the table forbids, which no honest sampler does.
-pub const FALSE_ALARM: f64 = 1e-10;
+pub const FALSE_ALARM: f64 = RUN_FALSE_ALARM / STATISTICAL_ASSERTIONS as f64;
 
 /// Resident memory that one call may leave behind on average, in bytes: the lowest of three windows of 100 calls each,
 /// after a warm-up, because an allocator that takes a page now and then does not do so in every window.

@@ -3,7 +3,9 @@
 use super::support::{
     SMALL_CONTEXT, TRAINED_MODEL, generate, greedy, own_greedy, own_margin, plain, prompt, same_greedy, until_eos,
 };
-use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};
+use crate::backend::Capability;
+use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
+use crate::invariance::{Axis, Level};
 use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
 use std::time::{Duration, Instant};
 
@@ -58,7 +60,7 @@ pub(super) const CHECKS: &[Check] = &[
         stop_sequence,
     )
     .on(ModelSet::Only(TRAINED_MODEL))
-    .needs(|c| if c.tokenizer { Applicability::Run } else { Applicability::Unsupported("a tokenizer") }),
+    .needs(Capability::Tokenizer),
     Check::new(
         "GEN-7",
         "generation/result_is_true",
@@ -82,6 +84,7 @@ pub(super) const CHECKS: &[Check] = &[
         "use_cache and prefill_chunk_size do not change the tokens",
         cache_and_chunks,
     )
+    .tests(Axis::Chunking)
     .on(ModelSet::Where(|f| f.max_positions <= 64 || f.has_tokenizer)),
     Check::new(
         "GEN-11",
@@ -92,6 +95,11 @@ pub(super) const CHECKS: &[Check] = &[
     )
     .on(ModelSet::Every),
 ];
+
+/// Whether a generation's logits are those of one whole call, bit for bit.
+fn exact(ctx: &Context<'_>) -> bool {
+    ctx.level(Axis::Chunking) == Level::Bitwise
+}
 
 fn limited(max_new_tokens: usize) -> GenerationConfig {
     GenerationConfig { max_new_tokens, ..greedy() }
@@ -108,7 +116,7 @@ fn endless_prompt(
     for salt in 0..40 {
         let tokens = prompt(ctx.facts(), len, 200 + salt);
         let out = own_greedy(engine, &tokens, steps)?;
-        let clear = ctx.capabilities().bitwise || out.iter().all(|(_, margin)| *margin > own_margin(ctx));
+        let clear = exact(ctx) || out.iter().all(|(_, margin)| *margin > own_margin(ctx));
         if clear && out.iter().all(|(token, _)| !ctx.facts().eos.contains(token)) {
             return Ok((tokens, out.into_iter().map(|(token, _)| token).collect()));
         }
@@ -176,7 +184,7 @@ fn with_new_token(ctx: &Context<'_>, engine: &mut dyn BitNetInference) -> Result
     for salt in 0..40 {
         let tokens = prompt(ctx.facts(), 4, 220 + salt);
         let out = own_greedy(engine, &tokens, 8)?;
-        if !ctx.capabilities().bitwise && out.iter().any(|(_, margin)| *margin <= own_margin(ctx)) {
+        if !exact(ctx) && out.iter().any(|(_, margin)| *margin <= own_margin(ctx)) {
             continue;
         }
         let out: Vec<u32> = out.into_iter().map(|(token, _)| token).collect();
@@ -372,7 +380,15 @@ fn greedy_is_argmax(ctx: &mut Context<'_>) -> CheckResult {
         for (what, config) in configs {
             let result = generate(engine.as_mut(), &tokens, steps, &config)?;
             let expected = until_eos(ctx.facts(), &result, &expected);
-            same_greedy(ctx, format!("{what}: tokens"), engine.as_mut(), &tokens, &result.generated_tokens, &expected)?;
+            same_greedy(
+                ctx,
+                Axis::Chunking,
+                format!("{what}: tokens"),
+                engine.as_mut(),
+                &tokens,
+                &result.generated_tokens,
+                &expected,
+            )?;
         }
     }
     Ok(())
@@ -410,12 +426,20 @@ fn cache_and_chunks(ctx: &mut Context<'_>) -> CheckResult {
             ));
         }
         for (what, config) in variants {
-            if config.do_sample && !ctx.capabilities().bitwise {
+            if config.do_sample && !exact(ctx) {
                 // Logits that differ in their last bits may draw another token: only greedy choices can be compared.
                 continue;
             }
             let seen = generate(engine.as_mut(), &tokens, 6, &config)?.generated_tokens;
-            same_greedy(ctx, format!("tokens with {what}"), engine.as_mut(), &tokens, &seen, &expected)?;
+            same_greedy(
+                ctx,
+                Axis::Chunking,
+                format!("tokens with {what}"),
+                engine.as_mut(),
+                &tokens,
+                &seen,
+                &expected,
+            )?;
         }
     }
     Ok(())
