@@ -2,6 +2,7 @@
 
 use crate::backend::{BackendFactory, Capabilities, CreateOptions};
 use crate::case::{CheckResult, Stop};
+use crate::invariance::{Axis, Level};
 use crate::model::{ModelFacts, ModelFixture};
 use crate::tolerance::Tolerance;
 use crate::verdict::{Failure, Outcome, Verdict};
@@ -28,6 +29,7 @@ pub struct Context<'a> {
     scratch: &'a Path,
     assertions: u64,
     values: u64,
+    statistical: u64,
     failed: u64,
     failures: Vec<Failure>,
     measurements: BTreeMap<String, f64>,
@@ -51,6 +53,7 @@ impl<'a> Context<'a> {
             scratch,
             assertions: 0,
             values: 0,
+            statistical: 0,
             failed: 0,
             failures: Vec::new(),
             measurements: BTreeMap::new(),
@@ -86,6 +89,11 @@ impl<'a> Context<'a> {
     /// What the backend declares.
     pub fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    /// The level at which results are held to be the same along an axis: the claim, or the least where there is none.
+    pub fn level(&self, axis: Axis) -> Level {
+        self.capabilities.claim(axis).unwrap_or(Level::Statistical)
     }
 
     /// A folder of this case's own to write files to; removed afterwards.
@@ -209,6 +217,14 @@ impl<'a> Context<'a> {
     pub fn check(&mut self, holds: bool, expected: impl Display, seen: impl Display) -> bool {
         self.values += 1;
         self.assert(Location::caller(), holds, || (expected.to_string(), seen.to_string()))
+    }
+
+    /// Asserts what an honest backend may fail by bad luck, with a probability of at most
+    /// [`crate::tolerance::FALSE_ALARM`]. Such assertions are counted: a run has a budget for them.
+    #[track_caller]
+    pub fn check_chance(&mut self, holds: bool, expected: impl Display, seen: impl Display) -> bool {
+        self.statistical += 1;
+        self.check(holds, expected, seen)
     }
 
     /// Asserts that something holds, and ends the check where it does not.
@@ -418,6 +434,7 @@ impl<'a> Context<'a> {
                 (Verdict::Fail, Some("the check stopped at a failed assertion that it did not record".to_string()))
             }
             End::Returned(Err(Stop::Unsupported(why))) => (Verdict::Unsupported, Some(why)),
+            End::Returned(Err(Stop::UnexpectedPass(why))) => (Verdict::UnexpectedPass, Some(why)),
             End::Returned(Err(Stop::Inconclusive(why))) => (Verdict::Inconclusive, Some(why)),
             End::Returned(Ok(())) if self.assertions == 0 => {
                 (Verdict::Inconclusive, Some("the check made no assertion".to_string()))
@@ -431,6 +448,7 @@ impl<'a> Context<'a> {
             failed_assertions: self.failed,
             assertions: self.assertions,
             values: self.values,
+            statistical: self.statistical,
             measurements: self.measurements,
             timings: self.timings,
             errors: self.errors,

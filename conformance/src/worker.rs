@@ -106,8 +106,9 @@ fn payload_text(payload: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "a panic without a message".to_string())
 }
 
-/// Runs one check in this process. A panic is caught and becomes a crash verdict; an abort or a hang is not survived,
-/// which is what workers are for. With `fail_fast` the check ends at its first failed assertion.
+/// Runs one check in this process, or the probe of what the backend declares that it lacks for it. A panic is caught and
+/// becomes a crash verdict; an abort or a hang is not survived, which is what workers are for. With `fail_fast` the check
+/// ends at its first failed assertion.
 pub fn run_check(
     check: &Check,
     factory: &dyn crate::backend::BackendFactory,
@@ -121,7 +122,7 @@ pub fn run_check(
         Ok(context) => context.ending_at_first_failure(fail_fast),
         Err(payload) => return Outcome::bare(Verdict::Crash, payload_text(&*payload)),
     };
-    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| (check.run)(&mut context))) {
+    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| crate::checks::run(check, &mut context))) {
         Ok(result) => End::Returned(result),
         Err(payload) if payload.is::<FirstFailure>() => End::Returned(Err(Stop::Failed)),
         Err(payload) => {

@@ -348,7 +348,13 @@ fn spellings(ctx: &mut Context<'_>) -> CheckResult {
     tied.tensors.remove("lm_head.weight");
     tied.set("tie_word_embeddings", json!(true));
     let (own, tied) = (edited(ctx, "own-head", &own, &tokens)?, edited(ctx, "tied-head", &tied, &tokens)?);
-    super::support::same_logits(ctx, "logits of a tied head and of the same head untied", &tied, &own);
+    super::support::same_logits(
+        ctx,
+        crate::invariance::Axis::Chunking,
+        "logits of a tied head and of the same head untied",
+        &tied,
+        &own,
+    );
     ctx.check(own != base, "the head that is in the file is the one that is used", "another head, the same logits");
 
     // Powers of two as scales: 1/s is exact, so that multiplying and dividing by them is the same.
@@ -364,7 +370,13 @@ fn spellings(ctx: &mut Context<'_>) -> CheckResult {
     linear_class(&mut divided, Some("bitlinear"));
     let multiplied = edited(ctx, "scale-multiplied", &multiplied, &tokens)?;
     let seen = edited(ctx, "scale-divided", &divided, &tokens)?;
-    super::support::same_logits(ctx, "logits of bitlinear with reciprocal scales", &seen, &multiplied);
+    super::support::same_logits(
+        ctx,
+        crate::invariance::Axis::Chunking,
+        "logits of bitlinear with reciprocal scales",
+        &seen,
+        &multiplied,
+    );
     linear_class(&mut divided, None);
     let by_default = edited(ctx, "scale-divided-by-default", &divided, &tokens)?;
     ctx.check_bits("logits with linear_class left out, which means bitlinear", &by_default, &seen);

@@ -15,6 +15,7 @@ mod hostile;
 mod kv_cache;
 mod memory;
 mod numerics;
+pub mod probes;
 mod sampling;
 mod shape;
 mod sla;
@@ -23,6 +24,7 @@ mod support;
 mod table;
 
 use crate::case::Check;
+pub(crate) use probes::run;
 
 /// Every check of the suite, in the order of the categories.
 pub fn all() -> Vec<Check> {

@@ -3,6 +3,7 @@
 use super::stats::Rows;
 use super::support::{forward, generate, greedy, ids, logits_of, mix, prompt, same_greedy, same_logits, until_eos};
 use crate::case::{Category, Check, CheckResult, Context, Stop};
+use crate::invariance::Axis;
 use crate::measure;
 use crate::model::ModelFacts;
 use crate::tolerance;
@@ -96,6 +97,7 @@ fn gate(ctx: &mut Context<'_>) -> CheckResult {
         // Speed of wrong output is no speed.
         let right = same_logits(
             ctx,
+            Axis::Chunking,
             format!("logits of the timed steps, round {round}"),
             &seen,
             &expected.data[start * expected.vocab..],
@@ -133,7 +135,15 @@ fn time_to_first_token(ctx: &mut Context<'_>) -> CheckResult {
         walls.push(millis(clock.elapsed()));
         told.push(millis(result.timing.time_to_first_token));
         let expected = until_eos(ctx.facts(), &result, &[top as u32]);
-        same_greedy(ctx, "the token that was timed", engine.as_mut(), &tokens, &result.generated_tokens, &expected)?;
+        same_greedy(
+            ctx,
+            Axis::Chunking,
+            "the token that was timed",
+            engine.as_mut(),
+            &tokens,
+            &result.generated_tokens,
+            &expected,
+        )?;
     }
     let (told, wall) = (median(told), median(walls));
     ctx.timing(measure::TIME_TO_FIRST_TOKEN_MS, wall);

@@ -45,7 +45,7 @@ pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Fa
             let jobs =
                 args.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
             let choice = Choice { backends: args.backend, checks: args.check, without: args.without };
-            let runner = Runner::new()?;
+            let runner = Runner::new()?.ending_at_first_failure();
             let bar = progress_bar(1);
             let proof = run(&runner, registry, &choice, jobs, &|done, total| {
                 bar.set_length(total as u64);

@@ -6,7 +6,7 @@
 use super::proof::{FaultRow, HonestRow, Proof};
 use super::{Fault, HonestVariant, faulty, honest};
 use crate::backend::{BackendFactory, Registry};
-use crate::case::{Applicability, Check, ModelSet};
+use crate::case::{Check, ModelSet};
 use crate::model::Model;
 use crate::run::Runner;
 use crate::suite::Case;
@@ -162,17 +162,15 @@ fn honest_row(variant: &HonestVariant) -> HonestRow {
 type Found = Vec<(String, Verdict, String)>;
 
 fn attempt(runner: &Runner, task: &Task) -> Found {
-    let unsupported = match (task.check.needs)(&task.backend.capabilities()) {
-        Applicability::Run => None,
-        Applicability::Unsupported(why) => Some(why),
-    };
+    let capabilities = task.backend.capabilities();
+    let lacks = task.check.needs.filter(|needed| !capabilities.has(*needed));
     let mut found = Vec::new();
     for model in &task.models {
         let mut check = task.check.clone();
         check.deadline = Some(check.deadline.map_or(DEADLINE, |d| d.min(DEADLINE)));
         let id = check.case_id(task.backend.name(), model.name());
-        let case = Case { id, backend: task.backend.clone(), model: model.clone(), check, unsupported };
-        let result = runner.run_until_first_failure(&case);
+        let case = Case { id, backend: task.backend.clone(), model: model.clone(), check, lacks };
+        let result = runner.run(&case);
         let outcome = result.outcome;
         let failure = outcome.failures.first().map(|f| format!("expected {}, seen {} ({})", f.expected, f.seen, f.at));
         let reason = outcome.reason.into_iter().chain(failure).collect::<Vec<_>>().join("; ");
