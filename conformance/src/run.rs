@@ -98,11 +98,10 @@ impl Runner {
             Outcome::bare(Verdict::Unsupported, why)
         } else if case.check.exclusive {
             let _gate = self.alone.write().unwrap_or_else(PoisonError::into_inner);
-            // A fresh process: nothing that ran before shows in what is measured.
-            self.in_worker(case, true)
+            self.in_worker(case)
         } else {
             let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
-            self.in_worker(case, false)
+            self.in_worker(case)
         };
         CaseResult {
             id: case.id.clone(),
@@ -117,9 +116,9 @@ impl Runner {
         }
     }
 
-    fn in_worker(&self, case: &Case, fresh: bool) -> Outcome {
+    fn in_worker(&self, case: &Case) -> Outcome {
         let start = Instant::now();
-        let mut outcome = match self.try_in_worker(case, fresh) {
+        let mut outcome = match self.try_in_worker(case) {
             Ok(outcome) => outcome,
             Err(reason) => Outcome::bare(Verdict::Inconclusive, reason),
         };
@@ -129,7 +128,9 @@ impl Runner {
         outcome
     }
 
-    fn try_in_worker(&self, case: &Case, fresh: bool) -> Result<Outcome, String> {
+    fn try_in_worker(&self, case: &Case) -> Result<Outcome, String> {
+        // A fresh process: nothing that ran before shows in what is measured.
+        let fresh = case.check.fresh;
         let model = self.fixture(case).map_err(|e| e.to_string())?;
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let scratch = self.root().join("scratch").join(serial.to_string());
