@@ -201,11 +201,13 @@ pub struct Check {
     pub run: fn(&mut Context<'_>) -> CheckResult,
     /// The time it may take, where [`DEFAULT_DEADLINE`] is not right.
     pub deadline: Option<Duration>,
-    /// Nothing else may run beside it: it measures time or memory.
+    /// Nothing else may run beside it: it measures time.
     pub exclusive: bool,
     /// It runs in two fresh processes, one after the other, with one scratch folder: the first leaves there what the
     /// second compares with, and is inconclusive.
     pub twice: bool,
+    /// It has a worker process of its own, in which nothing ran before: it measures memory.
+    pub fresh: bool,
 }
 
 impl Check {
@@ -229,6 +231,7 @@ impl Check {
             deadline: None,
             exclusive: false,
             twice: false,
+            fresh: false,
         }
     }
 
@@ -260,10 +263,17 @@ impl Check {
         self
     }
 
-    /// Runs alone, with no other case beside it.
+    /// Runs alone, with no other case beside it, and in a process of its own.
     #[must_use]
     pub const fn exclusive(mut self) -> Self {
         self.exclusive = true;
+        self.fresh()
+    }
+
+    /// Runs in a process of its own, beside others.
+    #[must_use]
+    pub const fn fresh(mut self) -> Self {
+        self.fresh = true;
         self
     }
 

@@ -169,7 +169,7 @@ impl Runner {
 
     fn ask(&self, case: &Case, model: &ModelFixture, scratch: &Path) -> Result<Outcome, String> {
         // A fresh process where what ran before must not show in what is measured.
-        let fresh = case.check.exclusive || case.check.twice;
+        let fresh = case.check.fresh || case.check.twice;
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let idle = if fresh { None } else { self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() };
         let mut worker = match idle {
