@@ -125,6 +125,7 @@ fn correlation(ctx: &mut Context<'_>) -> CheckResult {
         format!("{worst:.6} in row {row}"),
     );
     ctx.measure_min(measure::WORST_CORRELATION, worst);
+    ctx.series(measure::SERIES_CORRELATION, rows.figures(|r| 1.0 - r.pearson));
     ctx.measure("mean_kl_fp32_nats", rows.mean(|r| r.kl));
     Ok(())
 }
@@ -139,6 +140,7 @@ fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
     let (semantics, noise) = (ctx.capabilities().semantics, ctx.capabilities().noise);
     let (rows, reach) = compare(ctx, &golden, semantics)?;
     let (row, pearson) = rows.worst_pearson();
+    ctx.series(measure::SERIES_MAX_ABS, rows.figures(|r| r.max_abs));
     if (semantics, noise) == (Semantics::Fp32, Noise::F32) {
         let (row, gap) = rows.worst_abs();
         let what = format!("largest difference of a logit from the fp32 golden (row {row} of {})", rows.len());
@@ -224,6 +226,7 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
     let mut rows = Rows::default();
     rows.add(&seen, &expected, longest.vocab);
     ctx.compared(seen.len());
+    ctx.series(measure::SERIES_DECODING, rows.figures(|r| r.max_abs));
     if (capabilities.semantics, capabilities.noise) == (Semantics::Fp32, Noise::F32) {
         let reach = expected.iter().fold(0.0f64, |m, &x| m.max(f64::from(x).abs()));
         let (row, gap) = rows.worst_abs();

@@ -2,6 +2,7 @@
 //! them.
 
 use bitnet_contracts::{BitNetInference, QuantizationType, Result, ThreadSafeInference};
+use bitnet_engine::kernels::Isa;
 use bitnet_engine::reference::{CandleFp32, NdarrayFp32};
 use bitnet_engine::{CpuEngine, EngineOptions};
 use conformance::{BackendFactory, Capabilities, CreateOptions, ModelFixture, Registry, Semantics};
@@ -38,6 +39,11 @@ impl BackendFactory for Cpu {
             .with_batch()
             .with_bitwise()
             .with_quantization(&[QuantizationType::I2S])
+    }
+
+    fn description(&self) -> Option<String> {
+        let isa = Isa::from_environment().ok()?;
+        Some(format!("bitnet-engine {}, {} kernels", env!("CARGO_PKG_VERSION"), isa.name()))
     }
 
     fn create(&self, model: &ModelFixture) -> Result<Box<dyn BitNetInference>> {
