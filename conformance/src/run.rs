@@ -129,6 +129,7 @@ impl Runner {
             requirement: case.check.id.to_string(),
             clause: case.check.clause.to_string(),
             category: case.check.category,
+            exclusive: case.check.exclusive,
             outcome,
         };
         if let Some(expectations) = &self.expectations {
@@ -185,7 +186,8 @@ impl Runner {
             fail_fast: self.fail_fast,
         };
         let deadline = case.check.deadline.unwrap_or(DEFAULT_DEADLINE);
-        Ok(match worker.ask(&request, deadline) {
+        let worker_tmp = worker.tmp.clone();
+        let mut outcome = match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {
                 if !fresh {
                     self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
@@ -196,7 +198,10 @@ impl Runner {
             Err(Silence::Deadline) => worker.stop_at_deadline(deadline),
             Err(Silence::Closed) => worker.post_mortem(),
             Err(Silence::Garbled(what)) => worker.bury(what),
-        })
+        };
+        let places = [(&*scratch, "SCRATCH"), (&*worker_tmp, "TMP"), (self.root(), "RUN")];
+        hide_places(&mut outcome, &places);
+        Ok(outcome)
     }
 
     /// The model's folder, written when its first case asks for it.
@@ -224,6 +229,17 @@ impl Runner {
             .stderr(writer)
             .spawn()?;
         Ok(Worker { child, channel: ours, received: Vec::new(), tail: Tail::follow(reader), tmp })
+    }
+}
+
+/// Puts names in place of temporary folders in what a case says of itself: no two runs have the same ones, and none is
+/// there when somebody reads it.
+fn hide_places(outcome: &mut Outcome, places: &[(&Path, &str)]) {
+    let failures = outcome.failures.iter_mut().flat_map(|f| [&mut f.expected, &mut f.seen]);
+    for text in outcome.reason.iter_mut().chain(failures) {
+        for (place, name) in places {
+            *text = text.replace(&*place.to_string_lossy(), name);
+        }
     }
 }
 

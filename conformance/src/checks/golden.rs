@@ -118,6 +118,7 @@ fn correlation(ctx: &mut Context<'_>) -> CheckResult {
     let what = format!("1 - correlation with the fp32 golden, worst row (row {row} of {})", rows.len());
     ctx.check_within(what, 1.0 - worst, &tolerance::FP32_CORRELATION);
     ctx.measure_min(measure::WORST_CORRELATION, worst);
+    ctx.series(measure::SERIES_CORRELATION, rows.figures(|r| 1.0 - r.pearson));
     ctx.measure("mean_kl_fp32_nats", rows.mean(|r| r.kl));
     Ok(())
 }
@@ -155,6 +156,7 @@ fn check_lost(ctx: &mut Context<'_>, rows: &Rows, reach: f64) {
 fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
     let golden = ctx.golden()?;
     let (rows, reach) = compare(ctx, &golden, ctx.capabilities().semantics)?;
+    ctx.series(measure::SERIES_MAX_ABS, rows.figures(|r| r.max_abs));
     if exact(ctx) {
         let (row, gap) = rows.worst_abs();
         let what = format!("largest difference of a logit from the fp32 golden (row {row} of {})", rows.len());
@@ -213,6 +215,7 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
     let mut rows = Rows::default();
     rows.add(&seen, &expected, longest.vocab);
     ctx.compared(seen.len());
+    ctx.series(measure::SERIES_DECODING, rows.figures(|r| r.max_abs));
     let reach = reach(&expected);
     if exact(ctx) {
         let (row, gap) = rows.worst_abs();

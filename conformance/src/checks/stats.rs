@@ -100,6 +100,11 @@ impl Rows {
         self.worst(|r| r.kl, |a, b| a > b)
     }
 
+    /// A figure of every row, in order.
+    pub(super) fn figures(&self, figure: fn(&RowStats) -> f64) -> impl Iterator<Item = f64> {
+        self.rows.iter().map(figure)
+    }
+
     /// The mean of a figure over the rows.
     pub(super) fn mean(&self, figure: fn(&RowStats) -> f64) -> f64 {
         self.rows.iter().map(figure).sum::<f64>() / self.rows.len() as f64
