@@ -1,4 +1,4 @@
-//! The command line: `run`, `list`, `gate`. A binary registers its backends and hands over.
+//! The command line: `run`, `list`, `gate`, `replay`, `fuzz`. A binary registers its backends and hands over.
 
 use crate::backend::Registry;
 use crate::gates::Thresholds;
@@ -34,6 +34,10 @@ enum Command {
     List(ListArgs),
     /// Hold a JSON report against thresholds.
     Gate(GateArgs),
+    /// Run a reproducer. Exit codes: 0 it passes, 1 it still fails, 2 it cannot be run.
+    Replay(crate::repro::ReplayArgs),
+    /// Look for failures with random models and calls, held to the oracle.
+    Fuzz(crate::repro::FuzzArgs),
 }
 
 #[derive(Debug, Args)]
@@ -62,6 +66,8 @@ struct RunArgs {
     /// Worker processes. Default: one a processor. Cases that measure time or memory always run alone.
     #[arg(long, value_name = "N")]
     jobs: Option<std::num::NonZeroUsize>,
+    #[command(flatten)]
+    shrink: crate::repro::ShrinkArgs,
 }
 
 #[derive(Debug, Args)]
@@ -105,6 +111,8 @@ pub fn main(registry: Registry) -> ExitCode {
             Command::Run(args) => run(&suite, args),
             Command::List(args) => list(&suite, args),
             Command::Gate(args) => gate(&args),
+            Command::Replay(args) => crate::repro::replay_command(&suite, &args, &mut print),
+            Command::Fuzz(args) => crate::repro::fuzz_command(&suite, &args, &style().program, &mut print),
         }
     });
     result.unwrap_or_else(|error| {
@@ -121,7 +129,7 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
     let bar = progress_bar(cases.len() as u64);
     let bad = std::sync::atomic::AtomicU64::new(0);
     let (started, clock) = (SystemTime::now(), Instant::now());
-    let results = runner.run_all(&cases, jobs, &|result: &CaseResult| {
+    let mut results = runner.run_all(&cases, jobs, &|result: &CaseResult| {
         if !result.outcome.verdict.is_good() {
             let count = 1 + bad.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             bar.println(format!("{:<12} {}", result.outcome.verdict.name().to_uppercase(), result.id));
@@ -131,8 +139,10 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
         bar.inc(1);
     });
     bar.finish_and_clear();
+    let elapsed = clock.elapsed();
+    let reproducers = args.shrink.apply(suite, &runner, &cases, &mut results, &style.program)?;
     drop(runner);
-    let report = Report::new(&cases, results, started, clock.elapsed());
+    let report = Report::new(&cases, results, started, elapsed);
     if let Some(path) = &args.json {
         json::write(&report, path)?;
     }
@@ -140,6 +150,7 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
         junit::write(&report, path)?;
     }
     print(&terminal::render(&report, &style));
+    print(&reproducers);
     Ok(if report.totals.is_green() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 

@@ -389,6 +389,7 @@ impl<'a> Context<'a> {
             errors: self.errors,
             notes: self.notes,
             output_tail: None,
+            reproducer: None,
             duration_s: duration.as_secs_f64(),
         }
     }

@@ -1,7 +1,8 @@
 //! The parent's side of isolation: workers, deadlines, and what becomes of a case whose worker dies.
 
 use crate::case::DEFAULT_DEADLINE;
-use crate::model::{ModelError, ModelFixture};
+use crate::model::{Model, ModelError, ModelFixture, PromptShape};
+use crate::repro::Schedule;
 use crate::suite::Case;
 use crate::verdict::{CaseResult, Outcome, Verdict};
 use crate::worker::{Answer, Request, WORKER_ENV};
@@ -30,11 +31,35 @@ pub enum RunError {
     Setup(#[from] std::io::Error),
 }
 
+/// What a worker is asked to do.
+#[derive(Debug, Clone)]
+pub struct Job<'a> {
+    /// The backend's name.
+    pub backend: &'a str,
+    /// The model.
+    pub model: &'a Model,
+    /// The prompts that checks make.
+    pub prompts: PromptShape,
+    /// What to run on it.
+    pub task: Task<'a>,
+    /// How long it may take.
+    pub deadline: Duration,
+}
+
+/// What a job runs.
+#[derive(Debug, Clone, Copy)]
+pub enum Task<'a> {
+    /// The check of this name.
+    Check(&'a str),
+    /// These calls, held to the oracle.
+    Schedule(&'a Schedule),
+}
+
 /// Runs cases in worker processes. All workers and files of a run are gone when this is dropped.
 pub struct Runner {
     executable: PathBuf,
     idle: Mutex<Vec<Worker>>,
-    models: Mutex<HashMap<String, Arc<ModelFixture>>>,
+    models: Mutex<HashMap<String, ModelFixture>>,
     /// Held for reading by ordinary cases, for writing by a case that must run alone.
     alone: RwLock<()>,
     serial: AtomicU64,
@@ -49,7 +74,7 @@ impl Runner {
     /// [`RunError::Setup`].
     pub fn new() -> Result<Self, RunError> {
         let root = tempfile::Builder::new().prefix("conformance-").tempdir()?;
-        for folder in ["models", "scratch", "tmp"] {
+        for folder in ["models", "scratch", "own", "tmp"] {
             std::fs::create_dir(root.path().join(folder))?;
         }
         Ok(Self {
@@ -99,10 +124,10 @@ impl Runner {
         } else if case.check.exclusive {
             let _gate = self.alone.write().unwrap_or_else(PoisonError::into_inner);
             // A fresh process: nothing that ran before shows in what is measured.
-            self.in_worker(case, true)
+            self.in_worker(&Job::of(case), true)
         } else {
             let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
-            self.in_worker(case, false)
+            self.in_worker(&Job::of(case), false)
         };
         CaseResult {
             id: case.id.clone(),
@@ -117,9 +142,15 @@ impl Runner {
         }
     }
 
-    fn in_worker(&self, case: &Case, fresh: bool) -> Outcome {
+    /// Runs one job beside others.
+    pub fn run_job(&self, job: &Job<'_>) -> Outcome {
+        let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
+        self.in_worker(job, false)
+    }
+
+    fn in_worker(&self, job: &Job<'_>, fresh: bool) -> Outcome {
         let start = Instant::now();
-        let mut outcome = match self.try_in_worker(case, fresh) {
+        let mut outcome = match self.try_in_worker(job, fresh) {
             Ok(outcome) => outcome,
             Err(reason) => Outcome::bare(Verdict::Inconclusive, reason),
         };
@@ -129,11 +160,19 @@ impl Runner {
         outcome
     }
 
-    fn try_in_worker(&self, case: &Case, fresh: bool) -> Result<Outcome, String> {
-        let model = self.fixture(case).map_err(|e| e.to_string())?;
+    fn try_in_worker(&self, job: &Job<'_>, fresh: bool) -> Result<Outcome, String> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let scratch = self.root().join("scratch").join(serial.to_string());
         std::fs::create_dir(&scratch).map_err(|e| format!("no scratch folder: {e}"))?;
+        // A model of one job's own goes with it: there may be thousands.
+        let own = self.root().join("own").join(serial.to_string());
+        let model = if job.model.is_synthetic() { job.model.materialize(&own) } else { self.fixture(job.model) };
+        let mut model = model.map_err(|e| e.to_string())?;
+        model.config.prompts = job.prompts;
+        let (check, schedule) = match job.task {
+            Task::Check(name) => (name.to_string(), None),
+            Task::Schedule(schedule) => (String::new(), Some(schedule.clone())),
+        };
         let idle = if fresh { None } else { self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() };
         let mut worker = match idle {
             Some(worker) => worker,
@@ -141,12 +180,13 @@ impl Runner {
         };
         let request = Request {
             serial,
-            backend: case.backend.name().to_string(),
-            check: case.check.name.to_string(),
-            model: (*model).clone(),
+            backend: job.backend.to_string(),
+            check,
+            model,
             scratch: scratch.clone(),
+            schedule,
         };
-        let deadline = case.check.deadline.unwrap_or(DEFAULT_DEADLINE);
+        let deadline = job.deadline;
         let outcome = match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {
                 if !fresh {
@@ -161,17 +201,18 @@ impl Runner {
         };
         // Ignored on failure: the whole tree goes at the end of the run.
         let _ = std::fs::remove_dir_all(&scratch);
+        let _ = std::fs::remove_dir_all(&own);
         Ok(outcome)
     }
 
     /// The model's folder, written when its first case asks for it.
-    fn fixture(&self, case: &Case) -> Result<Arc<ModelFixture>, ModelError> {
+    fn fixture(&self, model: &Model) -> Result<ModelFixture, ModelError> {
         let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = case.model.argument();
+        let key = model.argument();
         if let Some(model) = models.get(&key) {
             return Ok(model.clone());
         }
-        let model = Arc::new(case.model.materialize(&self.root().join("models"))?);
+        let model = model.materialize(&self.root().join("models"))?;
         models.insert(key, model.clone());
         Ok(model)
     }
@@ -189,6 +230,18 @@ impl Runner {
             .stderr(writer)
             .spawn()?;
         Ok(Worker { child, channel: ours, received: Vec::new(), tail: Tail::follow(reader), tmp })
+    }
+}
+
+impl<'a> Job<'a> {
+    fn of(case: &'a Case) -> Self {
+        Self {
+            backend: case.backend.name(),
+            model: &case.model,
+            prompts: PromptShape::default(),
+            task: Task::Check(case.check.name),
+            deadline: case.check.deadline.unwrap_or(DEFAULT_DEADLINE),
+        }
     }
 }
 

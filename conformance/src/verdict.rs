@@ -135,6 +135,9 @@ pub struct Outcome {
     /// The last output of a worker that died in this case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_tail: Option<String>,
+    /// The smallest case found that fails likewise, as the JSON text that `conformance replay` takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reproducer: Option<String>,
     /// Wall time in seconds.
     pub duration_s: f64,
 }
@@ -154,6 +157,7 @@ impl Outcome {
             errors: BTreeMap::new(),
             notes: Vec::new(),
             output_tail: None,
+            reproducer: None,
             duration_s: 0.0,
         }
     }

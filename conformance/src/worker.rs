@@ -5,9 +5,10 @@
 //! standard error are kept only as the last words of a worker that dies.
 
 use crate::backend::Registry;
-use crate::case::Check;
+use crate::case::{Check, CheckResult};
 use crate::context::{Context, End};
 use crate::model::ModelFixture;
+use crate::repro::Schedule;
 use crate::verdict::{Outcome, Verdict};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -31,6 +32,9 @@ pub(crate) struct Request {
     pub check: String,
     pub model: ModelFixture,
     pub scratch: PathBuf,
+    /// The calls to make, in place of a check.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
 }
 
 /// What a worker answers.
@@ -76,6 +80,10 @@ fn handle(registry: &Registry, checks: &[Check], request: &Request) -> Outcome {
     let Ok(factory) = registry.get(&request.backend) else {
         return Outcome::bare(Verdict::Inconclusive, format!("the worker has no backend {}", request.backend));
     };
+    if let Some(schedule) = &request.schedule {
+        let play = |context: &mut Context<'_>| crate::repro::play(context, schedule);
+        return run_in_context(&**factory, &request.model, &request.scratch, play);
+    }
     let Some(check) = checks.iter().find(|c| c.name == request.check) else {
         return Outcome::bare(Verdict::Inconclusive, format!("the worker has no check {}", request.check));
     };
@@ -112,13 +120,22 @@ pub fn run_check(
     model: &ModelFixture,
     scratch: &Path,
 ) -> Outcome {
+    run_in_context(factory, model, scratch, check.run)
+}
+
+fn run_in_context(
+    factory: &dyn crate::backend::BackendFactory,
+    model: &ModelFixture,
+    scratch: &Path,
+    run: impl FnOnce(&mut Context<'_>) -> CheckResult,
+) -> Outcome {
     let start = Instant::now();
     LAST_PANIC.with_borrow_mut(|last| *last = None);
     let mut context = match std::panic::catch_unwind(AssertUnwindSafe(|| Context::new(factory, model, scratch))) {
         Ok(context) => context,
         Err(payload) => return Outcome::bare(Verdict::Crash, payload_text(&*payload)),
     };
-    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| (check.run)(&mut context))) {
+    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| run(&mut context))) {
         Ok(result) => End::Returned(result),
         Err(payload) => {
             let noted = LAST_PANIC.with_borrow_mut(Option::take);
