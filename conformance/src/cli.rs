@@ -1,4 +1,4 @@
-//! The command line: `run`, `list`, `gate`, `report`, `diff`, `schema`. A binary registers its backends and hands over.
+//! The command line, a subcommand a function. A binary registers its backends and hands over.
 
 mod prove;
 
@@ -48,6 +48,10 @@ enum Command {
     Diff(DiffArgs),
     /// Print the JSON Schema of reports.
     Schema,
+    /// Run a reproducer. Exit codes: 0 it passes, 1 it still fails, 2 it cannot be run.
+    Replay(crate::repro::ReplayArgs),
+    /// Look for failures with random models and calls, held to the oracle.
+    Fuzz(crate::repro::FuzzArgs),
 }
 
 #[derive(Debug, Args)]
@@ -78,6 +82,8 @@ struct RunArgs {
     /// Worker processes. Default: one a processor. Cases that measure time or memory always run alone.
     #[arg(long, value_name = "N")]
     jobs: Option<std::num::NonZeroUsize>,
+    #[command(flatten)]
+    shrink: crate::repro::ShrinkArgs,
 }
 
 #[derive(Debug, Args)]
@@ -174,6 +180,8 @@ pub fn main(registry: Registry) -> ExitCode {
                 print(&schema::text()?);
                 Ok(ExitCode::SUCCESS)
             }
+            Command::Replay(args) => crate::repro::replay_command(&suite, &args, &mut print),
+            Command::Fuzz(args) => crate::repro::fuzz_command(&suite, &args, &style().program, &mut print),
         }
     });
     result.unwrap_or_else(|error| {
@@ -196,7 +204,7 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
     let bar = progress_bar(cases.len() as u64);
     let bad = std::sync::atomic::AtomicU64::new(0);
     let (started, clock) = (SystemTime::now(), Instant::now());
-    let results = runner.run_all(&cases, jobs, &|result: &CaseResult| {
+    let mut results = runner.run_all(&cases, jobs, &|result: &CaseResult| {
         if !result.outcome.verdict.is_good() {
             let count = 1 + bad.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             bar.println(format!("{:<12} {}", result.outcome.verdict.name().to_uppercase(), result.id));
@@ -206,8 +214,10 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
         bar.inc(1);
     });
     bar.finish_and_clear();
+    let elapsed = clock.elapsed();
+    let reproducers = args.shrink.apply(suite, &runner, &cases, &mut results, &style.program)?;
     drop(runner);
-    let mut report = Report::new(&cases, results, started, clock.elapsed());
+    let mut report = Report::new(&cases, results, started, elapsed);
     if let Some(expectations) = &expectations {
         let whole = suite.select(&Selection { filter: None, ..selection })?;
         report.findings.extend(expectations.findings(&whole, &report.cases).into_iter().map(|f| f.text));
@@ -218,6 +228,7 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
     }
     args.forms.write(&report, proof.as_ref(), &style)?;
     print(&terminal::render(&report, &style));
+    print(&reproducers);
     Ok(if report.is_green() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 

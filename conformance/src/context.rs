@@ -471,9 +471,9 @@ impl<'a> Context<'a> {
             errors: self.errors,
             series: self.series,
             samples: self.samples,
-            reproducer: None,
             notes: self.notes,
             output_tail: None,
+            reproducer: None,
             duration_s: duration.as_secs_f64(),
         }
     }

@@ -5,8 +5,10 @@
 //! held as 1 − r, a slope as its distance from 1, a share as what is missing from it. `conformance calibrate` measures
 //! them anew.
 
+mod fuzz;
 mod resources;
 
+pub use fuzz::*;
 pub use resources::*;
 
 use serde::Deserialize;

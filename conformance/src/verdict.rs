@@ -152,15 +152,15 @@ pub struct Outcome {
     /// Single readings behind the timings, such as the time of every decoded token, which no two runs repeat.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub samples: BTreeMap<String, Vec<f64>>,
-    /// The smallest case found that fails in the same way, as JSON text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reproducer: Option<String>,
     /// Remarks of the check.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// The last output of a worker that died in this case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_tail: Option<String>,
+    /// The smallest case found that fails likewise, as the JSON text that `conformance replay` takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reproducer: Option<String>,
     /// Wall time in seconds.
     pub duration_s: f64,
 }
@@ -186,9 +186,9 @@ impl Outcome {
             errors: BTreeMap::new(),
             series: BTreeMap::new(),
             samples: BTreeMap::new(),
-            reproducer: None,
             notes: Vec::new(),
             output_tail: None,
+            reproducer: None,
             duration_s: 0.0,
         }
     }

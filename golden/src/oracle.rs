@@ -172,7 +172,16 @@ impl Oracle {
     /// Starts a sequence.
     pub fn start(&self, semantics: Semantics) -> Run<'_> {
         let empty = || vec![Vec::new(); self.layers.len()];
-        Run { model: self, semantics, keys: empty(), values: empty(), position: 0, codes: Vec::new(), trace: None }
+        Run {
+            model: self,
+            semantics,
+            keys: empty(),
+            values: empty(),
+            position: 0,
+            codes: Vec::new(),
+            closest_tie: 0.5,
+            trace: None,
+        }
     }
 }
 
@@ -186,6 +195,9 @@ pub struct Run<'a> {
     /// [`code_hash`] of every quantised input so far, in order of position and layer: of q, k and v; of o; of gate and
     /// up; of down. Empty in the fp32 semantics.
     pub codes: Vec<u64>,
+    /// How near any activation so far came to a rounding tie, in units of one int8 code: at most 0.5. Where it is larger
+    /// than the noise of an evaluation, that evaluation has the same codes.
+    pub closest_tie: f64,
     /// Filled while it is there: the inside of layer 0, each layer's output and the final norm, position after position.
     pub trace: Option<BTreeMap<String, Vec<f64>>>,
 }
@@ -273,6 +285,8 @@ impl Run<'_> {
             Semantics::W158A8 => {
                 let (codes, k) = quantise(x);
                 self.codes.push(code_hash(&codes));
+                let tie = |x: &f64| 0.5 - (x * k - (x * k).round()).abs();
+                self.closest_tie = x.iter().map(tie).fold(self.closest_tie, f64::min);
                 let product = |m: &Linear, row| self.store(f64::from(dot_codes(row, &codes)) * m.scale / k);
                 matrices.map(|m| m.rows().map(|row| product(m, row)).collect())
             }

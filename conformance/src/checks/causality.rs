@@ -1,6 +1,6 @@
 //! No position sees a later one, and every position sees the earlier ones.
 
-use super::support::{forward, logits_of, other_token, prompt, same_logits};
+use super::support::{forward, length, logits_of, other_token, prompt, same_logits};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
 use bitnet_contracts::KVCache;
@@ -37,9 +37,10 @@ const LENGTH: usize = 10;
 
 fn later_tokens_do_not_show(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let tokens = prompt(ctx.facts(), LENGTH, 30);
+    let length = length(ctx.facts(), LENGTH);
+    let tokens = prompt(ctx.facts(), length, 30);
     let base = logits_of(engine.as_mut(), &tokens)?;
-    for kept in 1..LENGTH {
+    for kept in 1..length {
         let mut changed = tokens.clone();
         for token in &mut changed[kept..] {
             *token = other_token(ctx.facts(), *token);

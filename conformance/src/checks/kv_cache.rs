@@ -1,8 +1,8 @@
 //! The cache is invisible in the logits, exact in its length, and untouched by errors.
 
 use super::support::{
-    EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, logits_of, prompt, same_logits,
-    try_forward,
+    EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, length, logits_of, prompt,
+    same_logits, try_forward,
 };
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
@@ -122,7 +122,7 @@ fn chunked_is_whole(ctx: &mut Context<'_>) -> CheckResult {
 
 fn long_decode_is_whole(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let positions = ctx.facts().max_positions;
+    let positions = length(ctx.facts(), ctx.facts().max_positions);
     let tokens = prompt(ctx.facts(), positions, 41);
     let whole = logits_of(engine.as_mut(), &tokens)?;
     let mut cache = KVCache::new(positions);

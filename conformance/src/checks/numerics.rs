@@ -1,6 +1,6 @@
 //! Finite numbers everywhere, and numbers that say something.
 
-use super::support::{SMALL_CONTEXT, forward, logits_of, prompt};
+use super::support::{SMALL_CONTEXT, forward, length, logits_of, prompt};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use bitnet_contracts::KVCache;
 
@@ -54,7 +54,7 @@ fn check_finite(ctx: &mut Context<'_>, what: &str, data: &[f32]) -> bool {
 
 fn finite(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let length = ctx.facts().max_positions.min(24);
+    let length = length(ctx.facts(), ctx.facts().max_positions.min(24));
     let tokens = prompt(ctx.facts(), length, 20);
     let logits = logits_of(engine.as_mut(), &tokens)?;
     check_finite(ctx, "prompt", &logits.data);
