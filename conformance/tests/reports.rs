@@ -35,6 +35,7 @@ fn case(backend: &str, category: Category, name: &str, verdict: Verdict) -> Case
         requirement: "TST-1".to_string(),
         clause: "a clause".to_string(),
         category,
+        exclusive: false,
         outcome,
     }
 }
