@@ -120,7 +120,12 @@ fn decades(axis: &LogAxis) -> Vec<Tick> {
     let count = (axis.high - axis.low).round() as i32;
     let step = (count / 5).max(1) as usize;
     let low = axis.low.round() as i32;
-    let tick = |exponent: i32| Tick { at: axis.at(10f64.powi(exponent)), label: power_of_ten(exponent) };
+    let tick = |exponent: i32| {
+        let value = 10f64.powi(exponent);
+        // What lies below the floor is drawn at it.
+        let below = if value <= FLOOR { "≤" } else { "" };
+        Tick { at: axis.at(value), label: format!("{below}{}", power_of_ten(exponent)) }
+    };
     (low..=low + count).step_by(step).map(tick).collect()
 }
 
