@@ -63,8 +63,8 @@ const CHOSEN: [&str; 8] = [
 
 fn token_times(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let mut cache = KVCache::new(40);
-    for _ in 0..40 {
+    let mut cache = KVCache::new(30);
+    for _ in 0..30 {
         let ids = Tensor::new(&[[7u32]], engine.device())?;
         let clock = Instant::now();
         let output = engine.forward(&ids, Some(&mut cache))?;
@@ -186,7 +186,9 @@ fn inspect(browser: &Browser, report: &Report, page: &Path, pictures: &Path) -> 
     browser.open(&address(page))?;
     faults.extend(browser.console()?.into_iter().map(|line| format!("console: {line}")));
     let loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")?;
-    if loaded.as_array().is_none_or(|list| list.iter().any(|name| !name.as_str().is_some_and(|n| n.starts_with("data:"))))
+    if loaded
+        .as_array()
+        .is_none_or(|list| list.iter().any(|name| !name.as_str().is_some_and(|n| n.starts_with("data:"))))
     {
         faults.push(format!("the page loads something: {loaded}"));
     }
@@ -255,7 +257,8 @@ fn grid_faults(browser: &Browser, report: &Report) -> Inspection {
     let names = Category::ALL.iter().map(|category| category.name()).chain(["all"]);
     for name in names.filter(|name| *name == "all" || report.cases.iter().any(|c| c.category.name() == *name)) {
         let cell = |backend: &&str| {
-            let of = |c: &&conformance::CaseResult| c.backend == *backend && (name == "all" || c.category.name() == name);
+            let of =
+                |c: &&conformance::CaseResult| c.backend == *backend && (name == "all" || c.category.name() == name);
             let totals = Totals::of(report.cases.iter().filter(of));
             let others = Verdict::ALL.iter().filter(|v| **v != Verdict::Pass && totals.count(**v) > 0);
             let others: Vec<String> = others.map(|v| format!("{} {}", totals.count(*v), v.words())).collect();

@@ -229,7 +229,7 @@ fn the_page_shows_what_there_is() {
         "unexpected pass",
         "gate 0.01",
         "worst 3.4e38 at 2, alpha",
-        "3 tokens · median 0.3 ms",
+        "3 tokens · median 0.3 · p95 140 · p99 140 ms",
         "beta/tiny/kv_cache/one@TST-1",
         "caught_alone × kv_cache/one: fail",
         "survivor × sla/three: not seen",
@@ -284,9 +284,11 @@ fn a_difference_is_judged() {
     assert_eq!(differences(error(2.1e-5)), one(Regression, "error FP32_ABS: 1.000e-5 → 2.100e-5"));
     assert_eq!(differences(error(1e-7)), one(Improvement, "error FP32_ABS: 1.000e-5 → 1.000e-7"));
     let measured = |key: &'static str, value: f64| {
-        move |c: &mut Vec<CaseResult>| c.iter_mut().for_each(|c| {
-            c.outcome.measurements.entry(key.to_string()).and_modify(|v| *v = value);
-        })
+        move |c: &mut Vec<CaseResult>| {
+            c.iter_mut().for_each(|c| {
+                c.outcome.measurements.entry(key.to_string()).and_modify(|v| *v = value);
+            })
+        }
     };
     assert_eq!(differences(measured("share", 0.3)), one(Other, "share: 0.9000 → 0.3000"));
     let worse = differences(measured(measure::WORST_CORRELATION, 0.98));

@@ -9,8 +9,7 @@ use super::json::ReportError;
 /// [`ReportError::Form`] where it has no JSON form.
 pub fn text() -> Result<String, ReportError> {
     let schema = schemars::schema_for!(Report);
-    let mut text =
-        serde_json::to_string_pretty(&schema).map_err(|e| ReportError::Form { reason: e.to_string() })?;
+    let mut text = serde_json::to_string_pretty(&schema).map_err(|e| ReportError::Form { reason: e.to_string() })?;
     text.push('\n');
     Ok(text)
 }

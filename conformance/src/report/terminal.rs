@@ -187,8 +187,11 @@ fn unsupported(report: &Report) -> String {
 }
 
 fn totals(totals: &Totals, duration_s: f64) -> String {
-    let verdicts: Vec<String> =
-        Verdict::ALL.iter().filter(|v| totals.count(**v) > 0).map(|v| format!("{} {}", totals.count(*v), v.words())).collect();
+    let verdicts: Vec<String> = Verdict::ALL
+        .iter()
+        .filter(|v| totals.count(**v) > 0)
+        .map(|v| format!("{} {}", totals.count(*v), v.words()))
+        .collect();
     format!(
         "{} cases: {} · {} assertions · {} values compared · {duration_s:.1} s\n",
         totals.cases,

@@ -108,6 +108,7 @@ impl Browser {
     pub fn screen(&self, width: u32, scheme: &str) -> Result<(), Fault> {
         let metrics = json!({"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600});
         self.devtools("Emulation.setDeviceMetricsOverride", metrics)?;
+        self.devtools("Emulation.setScrollbarsHidden", json!({"hidden": true}))?;
         let features = json!({"features": [{"name": "prefers-color-scheme", "value": scheme}]});
         self.devtools("Emulation.setEmulatedMedia", features).map(drop)
     }

@@ -68,9 +68,8 @@ pub(super) fn absent(report: &Report) -> Vec<Absent<'_>> {
     for verdict in [Verdict::Waived, Verdict::Unsupported] {
         for case in report.cases.iter().filter(|c| c.outcome.verdict == verdict) {
             let reason = case.outcome.reason.as_deref().unwrap_or("no reason given");
-            let same = |a: &&mut Absent<'_>| {
-                a.words == verdict.words() && a.backend == case.backend && a.reason == reason
-            };
+            let same =
+                |a: &&mut Absent<'_>| a.words == verdict.words() && a.backend == case.backend && a.reason == reason;
             match found.iter_mut().find(same) {
                 Some(entry) => entry.cases.push(&case.id),
                 None => found.push(Absent {

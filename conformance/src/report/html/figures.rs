@@ -89,11 +89,8 @@ struct Held {
 pub(super) fn levels(report: &Report) -> Vec<LevelRow> {
     let row = |reading: &crate::report::levels::Reading<'_>| {
         let show = reading.level.show;
-        let held = |limit: f64| Held {
-            meets: reading.meets(limit),
-            limit: show(limit),
-            distance: reading.distance(limit),
-        };
+        let held =
+            |limit: f64| Held { meets: reading.meets(limit), limit: show(limit), distance: reading.distance(limit) };
         LevelRow {
             backend: reading.backend.to_string(),
             name: reading.level.name,
@@ -126,9 +123,10 @@ pub(super) fn latency(report: &Report) -> Option<Group> {
     (!samples.is_empty()).then(|| Group {
         key: measure::TOKEN_LATENCY_MS.to_string(),
         title: "Time of a decoded token".to_string(),
-        about: "Milliseconds on the caller's clock, on a logarithmic scale, of steps whose output was verified. The gate \
+        about:
+            "Milliseconds on the caller's clock, on a logarithmic scale, of steps whose output was verified. The gate \
                 is the contract's; the target is meant for the 2B model."
-            .to_string(),
+                .to_string(),
         legend: Vec::new(),
         plots: histogram(&samples, &limits),
     })

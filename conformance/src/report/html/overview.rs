@@ -2,8 +2,8 @@
 
 use super::slug;
 use crate::case::Category;
-use crate::report::terminal::grouped;
 use crate::report::json::ReportError;
+use crate::report::terminal::grouped;
 use crate::report::{Report, Totals, badge};
 use crate::verdict::Verdict;
 use crate::zoo::proof::Proof;
@@ -74,6 +74,7 @@ pub(super) fn header<'a>(report: &'a Report, proof: Option<&Proof>) -> Header<'a
         (1, 1) => format!("{} conforms", backends[0].name),
         (0, 1) => format!("{} does not conform", backends[0].name),
         (2, 2) => "Both backends conform".to_string(),
+        (0, _) => "No backend conforms".to_string(),
         (good, all) if good == all => format!("All {all} backends conform"),
         (good, all) => format!("{good} of {all} backends conform"),
     };
