@@ -73,6 +73,8 @@ pub(super) fn header<'a>(report: &'a Report, proof: Option<&Proof>) -> Header<'a
         (_, 0) => "Nothing was run".to_string(),
         (1, 1) => format!("{} conforms", backends[0].name),
         (0, 1) => format!("{} does not conform", backends[0].name),
+        (2, 2) => "Both backends conform".to_string(),
+        (0, _) => "No backend conforms".to_string(),
         (good, all) if good == all => format!("All {all} backends conform"),
         (good, all) => format!("{good} of {all} backends conform"),
     };

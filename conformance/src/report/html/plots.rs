@@ -120,7 +120,12 @@ fn decades(axis: &LogAxis) -> Vec<Tick> {
     let count = (axis.high - axis.low).round() as i32;
     let step = (count / 5).max(1) as usize;
     let low = axis.low.round() as i32;
-    let tick = |exponent: i32| Tick { at: axis.at(10f64.powi(exponent)), label: power_of_ten(exponent) };
+    let tick = |exponent: i32| {
+        let value = 10f64.powi(exponent);
+        // What lies below the floor is drawn at it.
+        let below = if value <= FLOOR { "≤" } else { "" };
+        Tick { at: axis.at(value), label: format!("{below}{}", power_of_ten(exponent)) }
+    };
     (low..=low + count).step_by(step).map(tick).collect()
 }
 
@@ -167,13 +172,20 @@ fn position_plot(model: &str, series: &[Series<'_>], limit: Option<&Limit>, y: &
     ends.dedup();
     Plot {
         title: model.to_string(),
-        note: worst.map_or_else(String::new, |(backend, i, v)| format!("worst {v:.1e} at {i}, {backend}")),
+        note: worst.map_or_else(String::new, worst_words),
         x_ticks: ends.into_iter().map(|i| Tick { at: x(i), label: i.to_string() }).collect(),
         y_ticks: decades(y),
         limits: limit.map(|l| horizontal(l, y)).into_iter().collect(),
         marks: marks.collect(),
         ..frame()
     }
+}
+
+fn worst_words((backend, position, value): (&str, usize, f32)) -> String {
+    if f64::from(value) <= FLOOR {
+        return format!("all at most {FLOOR:e}");
+    }
+    format!("worst {value:.1e} at {position}, {backend}")
 }
 
 fn horizontal(limit: &Limit, y: &LogAxis) -> Rule {
@@ -227,7 +239,7 @@ fn one_histogram(samples: &Histogram<'_>, limits: &[Limit], x: &LogAxis) -> Plot
     sorted.sort_by(f64::total_cmp);
     let quantile = |q: f64| sorted.get(((sorted.len() - 1) as f64 * q).round() as usize).copied().unwrap_or(f64::NAN);
     let note = format!(
-        "{} tokens · median {} ms · 95 % {} ms · 99 % {} ms",
+        "{} tokens · median {} · p95 {} · p99 {} ms",
         sorted.len(),
         short(quantile(0.5)),
         short(quantile(0.95)),
@@ -289,7 +301,7 @@ mod tests {
         let samples = [Histogram { name: "a", colour: 0, values: vec![0.5, 0.5, 20.0] }];
         let plot = &histogram(&samples, &[Limit { value: 100.0, label: "gate".to_string() }])[0];
         assert_eq!(plot.marks[0].path.matches('M').count(), 2, "{}", plot.marks[0].path);
-        assert!(plot.note.starts_with("3 tokens · median 0.5 ms"), "{}", plot.note);
+        assert!(plot.note.starts_with("3 tokens · median 0.5 ·"), "{}", plot.note);
         assert_eq!((short(0.2714), short(100.0), short(1234.0)), ("0.271".into(), "100".into(), "1234".into()));
     }
 }
