@@ -224,8 +224,8 @@ pub const A8_SHARE_MODELS: [&str; 3] = ["c02-h256-gqa2-untied", "c05-h512-gqa4-t
 pub const RUN_FALSE_ALARM: f64 = 1e-6;
 
 /// The most statistical assertions that a run makes of one backend. They are counted: a run that makes more has spent
-/// more than its budget, and fails.
-pub const STATISTICAL_ASSERTIONS: u64 = 10_000;
+/// more than its budget, and fails. Measured: 2,797 with every check on every built-in model.
+pub const STATISTICAL_ASSERTIONS: u64 = 4_000;
 
 /// The probability, at most, that an honest backend fails one statistical assertion by bad luck.
 ///
