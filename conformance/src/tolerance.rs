@@ -129,7 +129,7 @@ pub const CLOCK_STEP_MS: f64 = 0.2;
 ///
 /// Measured: honest 0.9 and more with steps of 30 µs; a figure that is zero, another call's or without the slower part is 0.5
 /// at most.
-pub const TIME_OWNED: f64 = 0.75;
+pub const TIME_OWNED: f64 = 0.8;
 
 /// The least share of the time to the first token that `prefill` must own up to after a long prompt, in the best of a dozen calls.
 pub const PREFILL_OF_FIRST: f64 = 0.5;

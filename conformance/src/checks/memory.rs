@@ -8,6 +8,7 @@ use crate::measure;
 use crate::model::ModelFacts;
 use crate::tolerance;
 use bitnet_contracts::{BitNetInference, GenerationConfig, KVCache, MemoryUsage};
+use std::time::{Duration, Instant};
 
 const MEMORY: Category = Category::Memory;
 
@@ -190,11 +191,14 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
+/// The time that the calls of one slope may take.
+const SLOPE_TIME: Duration = Duration::from_secs(4);
+
 /// How the memory of the process grows with calls, in bytes a call: a slope over `readings` with `between` calls between
 /// two of them.
 ///
 /// A pool that fills and an allocator that gives back late grow for a while, a leak grows on: up to three slopes in a row are
-/// taken until one does not grow by more than `limit` a call.
+/// taken until one does not grow by more than `limit` a call. Slow calls are made less often.
 fn growth(limit: f64, readings: usize, between: u64, mut call: impl FnMut(u64) -> CheckResult) -> Result<Slope, Stop> {
     let mut serial = 0;
     let mut calls = |count: u64| -> CheckResult {
@@ -204,6 +208,10 @@ fn growth(limit: f64, readings: usize, between: u64, mut call: impl FnMut(u64) -
         }
         Ok(())
     };
+    let clock = Instant::now();
+    calls(4)?;
+    let affordable = SLOPE_TIME.as_secs_f64() / readings as f64 / (clock.elapsed().as_secs_f64() / 4.0).max(1e-9);
+    let between = between.min(affordable as u64).max(1);
     calls(4 * between)?;
     let mut seen = None;
     for _ in 0..3 {
@@ -295,7 +303,7 @@ fn nothing_left_by_engines(ctx: &mut Context<'_>) -> CheckResult {
 fn nothing_left_by_copies(ctx: &mut Context<'_>) -> CheckResult {
     let shared = ctx.thread_safe()?;
     let limit = tolerance::LEAK_PER_COPY;
-    let seen = growth(limit, 21, 5, |serial| {
+    let seen = growth(limit, 21, 10, |serial| {
         let tokens = prompt(ctx.facts(), 2, 1_400_000 + serial);
         let mut copy = shared.thread_local_copy()?;
         forward(copy.as_mut(), std::slice::from_ref(&tokens), None)?;

@@ -13,8 +13,11 @@ use crate::tolerance;
 use bitnet_contracts::{BitNetInference, GenerationConfig, GenerationResult, InferenceOutput, KVCache};
 use std::time::{Duration, Instant};
 
-/// Calls of each kind.
+/// Calls of each kind, and the least there are where they take long.
 const ROUNDS: u64 = 12;
+const LEAST_ROUNDS: u64 = 3;
+/// What is long for all of them.
+const LONG: Duration = Duration::from_secs(3);
 
 /// Weights that each token is multiplied with.
 fn weights_met(facts: &ModelFacts) -> f64 {
@@ -48,10 +51,16 @@ fn passes(ctx: &Context<'_>, engine: &mut dyn BitNetInference) -> Result<Vec<Vec
     let mut cache = KVCache::new(many);
     let mut made: Vec<Vec<Pass>> = PASSES.iter().map(|_| Vec::new()).collect();
     let kinds = if ctx.capabilities().batch { PASSES.len() } else { PASSES.len() - 1 };
-    let mut order: Vec<(u64, usize)> =
-        (0..ROUNDS * kinds as u64).map(|call| (mix(call), call as usize % kinds)).collect();
+    let start = Instant::now();
+    // Every round in an order of its own.
+    let mut order: Vec<(u64, u64, usize)> = (0..ROUNDS)
+        .flat_map(|round| (0..kinds).map(move |kind| (round, mix(round << 8 | kind as u64), kind)))
+        .collect();
     order.sort_unstable();
-    for (salt, kind) in order {
+    for (round, salt, kind) in order {
+        if round >= LEAST_ROUNDS && start.elapsed() > LONG {
+            break;
+        }
         let (rows, length) = [(1, 1), (1, many), (1, 1), (2, many.div_ceil(2))][kind];
         if kind == 2 && cache.remaining() == 0 {
             cache = KVCache::new(many);
@@ -220,7 +229,8 @@ fn generations(ctx: &Context<'_>) -> Result<Vec<Vec<Made>>, Stop> {
     let few = 3.min(facts.max_positions - long).max(1);
     let exactly = |count: usize| GenerationConfig { min_new_tokens: count, ..GenerationConfig::greedy() };
     let mut made: Vec<Vec<Made>> = KINDS.iter().map(|_| Vec::new()).collect();
-    for round in 0..ROUNDS {
+    let start = Instant::now();
+    for round in (0..ROUNDS).take_while(|&round| round < LEAST_ROUNDS || start.elapsed() < LONG) {
         for kind in 0..KINDS.len() {
             let salt = 1_060_000 + round * KINDS.len() as u64 + kind as u64;
             let tokens = prompt(facts, if matches!(kind, 2 | 3) { long } else { short }, salt);
