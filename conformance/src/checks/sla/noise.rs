@@ -49,12 +49,12 @@ impl Stopwatch {
     }
 }
 
-/// The fixed piece of work: a chain of multiplications that no processor can shorten. Some tens of microseconds.
+/// The fixed piece of work: a chain of steps that nothing can shorten. Some tens of microseconds.
 fn spin() -> f64 {
     let clock = Instant::now();
     let mut state = std::hint::black_box(1u64);
     for _ in 0..10_000 {
-        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        state = (state ^ (state >> 29)).wrapping_mul(0x5851_f42d_4c95_7f2d);
     }
     std::hint::black_box(state);
     millis(clock.elapsed())
