@@ -178,14 +178,8 @@ impl Runner {
             Some(worker) => worker,
             None => self.start_worker(serial).map_err(|e| format!("cannot start a worker: {e}"))?,
         };
-        let request = Request {
-            serial,
-            backend: job.backend.to_string(),
-            check,
-            model,
-            scratch: scratch.clone(),
-            schedule,
-        };
+        let request =
+            Request { serial, backend: job.backend.to_string(), check, model, scratch: scratch.clone(), schedule };
         let deadline = job.deadline;
         let outcome = match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {

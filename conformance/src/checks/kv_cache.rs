@@ -1,8 +1,8 @@
 //! The cache is invisible in the logits, exact in its length, and untouched by errors.
 
 use super::support::{
-    EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, length, logits_of, prompt, same_logits,
-    try_forward,
+    EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, length, logits_of, prompt,
+    same_logits, try_forward,
 };
 use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet};
 use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache};

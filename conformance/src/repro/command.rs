@@ -186,12 +186,7 @@ pub(crate) fn fuzz_command(
     })
 }
 
-fn report(
-    finding: &Finding,
-    out: Option<&Path>,
-    program: &str,
-    print: &mut dyn FnMut(&str),
-) -> Result<(), Failure> {
+fn report(finding: &Finding, out: Option<&Path>, program: &str, print: &mut dyn FnMut(&str)) -> Result<(), Failure> {
     let Finding { iteration, backend, outcome, reproducer, .. } = finding;
     let mut text = format!("{}  {backend}  iteration {iteration}\n", outcome.verdict.name().to_uppercase());
     describe(&mut text, outcome)?;
@@ -214,7 +209,8 @@ fn command(program: &str, path: &Path, backend: &str) -> String {
 
 /// Writes a reproducer under a name made of an id.
 fn save(dir: &Path, id: &str, json: &str) -> Result<PathBuf, ReproError> {
-    let name: String = id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.@".contains(c) { c } else { '.' }).collect();
+    let name: String =
+        id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.@".contains(c) { c } else { '.' }).collect();
     let path = dir.join(format!("{name}.json"));
     let io = |source| ReproError::Io { path: path.clone(), source };
     std::fs::create_dir_all(dir).map_err(io)?;

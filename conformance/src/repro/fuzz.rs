@@ -69,7 +69,8 @@ pub struct Finding {
 impl<'a> Fuzzer<'a> {
     /// A fuzzer for registered backends. All of them play each schedule.
     pub fn new(suite: &'a Suite, runner: &'a Runner, backends: Vec<String>, seed: u64) -> Self {
-        let tally = FuzzTally { distances: backends.iter().map(|b| (b.clone(), 0.0)).collect(), ..FuzzTally::default() };
+        let tally =
+            FuzzTally { distances: backends.iter().map(|b| (b.clone(), 0.0)).collect(), ..FuzzTally::default() };
         Self { suite, runner, backends, seed, known: Vec::new(), tally }
     }
 

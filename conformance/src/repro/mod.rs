@@ -18,9 +18,7 @@ mod shrink;
 mod truth;
 
 pub(crate) use command::{FuzzArgs, ReplayArgs, ShrinkArgs, fuzz_command, replay_command};
-pub use file::{
-    CheckCase, ModelChoice, Observed, REPRODUCER_VERSION, ReproError, Reproducer, ScheduleCase, Synthetic,
-};
+pub use file::{CheckCase, ModelChoice, Observed, REPRODUCER_VERSION, ReproError, Reproducer, ScheduleCase, Synthetic};
 pub use fuzz::{Finding, FuzzTally, Fuzzer, Iteration};
 pub(crate) use play::play;
 pub use replay::replay;

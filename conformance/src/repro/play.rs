@@ -122,9 +122,7 @@ impl Fault {
             Self::Context => matches!(
                 error,
                 E::ForwardPass(F::KVCacheError { .. } | F::InvalidInput { .. })
-                    | E::Generation(
-                        GenerationError::PromptTooLong { .. } | GenerationError::ContextExhausted { .. }
-                    )
+                    | E::Generation(GenerationError::PromptTooLong { .. } | GenerationError::ContextExhausted { .. })
             ),
             Self::Batch => matches!(
                 error,
@@ -344,11 +342,8 @@ impl Player {
 
     /// Greedy tokens are the oracle's for as long as its choice is clear.
     fn greedy(&mut self, ctx: &mut Context<'_>, what: &str, call: &Generate) -> CheckResult {
-        let config = GenerationConfig {
-            min_new_tokens: 0,
-            max_new_tokens: call.tokens.max(1),
-            ..GenerationConfig::greedy()
-        };
+        let config =
+            GenerationConfig { min_new_tokens: 0, max_new_tokens: call.tokens.max(1), ..GenerationConfig::greedy() };
         let Some(result) = self.generate(ctx, what, call, &config)? else { return Ok(()) };
         let mut tokens = call.prompt.clone();
         for step in 0..call.tokens.min(self.context - call.prompt.len()) {
@@ -370,14 +365,7 @@ impl Player {
     }
 
     /// One seed means one text, and every token is among the most likely ones.
-    fn sample(
-        &mut self,
-        ctx: &mut Context<'_>,
-        what: &str,
-        call: &Generate,
-        seed: u64,
-        top: usize,
-    ) -> CheckResult {
+    fn sample(&mut self, ctx: &mut Context<'_>, what: &str, call: &Generate, seed: u64, top: usize) -> CheckResult {
         let top = top.max(1);
         let config = GenerationConfig {
             temperature: 1.0,

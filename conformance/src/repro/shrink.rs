@@ -170,7 +170,9 @@ impl<'a> Shrinker<'a> {
         self.rounds(|this| {
             let calls = this.drop_calls() | this.shorten_calls();
             let model = this.best.synthetic().map(|m| steps(&m.spec)).unwrap_or_default();
-            calls | this.each_step(model.len(), |this, step, smaller| this.attempt_spec(step, smaller)) | this.plain_tokens()
+            calls
+                | this.each_step(model.len(), |this, step, smaller| this.attempt_spec(step, smaller))
+                | this.plain_tokens()
         });
     }
 
@@ -258,12 +260,13 @@ impl<'a> Shrinker<'a> {
         let mut kept = self.first_prompts(candidates);
         let longest = [1, 2, 3, 4, 6, 8, 12, 16, 24].into_iter();
         let Reproducer::Check(CheckCase { prompt: now, .. }) = self.best else { return kept };
-        let shorter = longest.filter(|&l| now.longest.is_none_or(|n| l < n));
+        let most = self.best.synthetic().map_or(usize::MAX, |m| m.spec.context).min(now.longest.unwrap_or(usize::MAX));
+        let shorter = longest.filter(|&l| l < most);
         kept |= self.first_prompts(shorter.map(|l| PromptShape { longest: Some(l), ..now }).collect());
         kept
     }
 
-    /// Keeps the first of these shapes that fails in the same way and does not merely leave the prompts as they were.
+    /// Keeps the first of these shapes that fails in the same way.
     fn first_prompts(&mut self, shapes: Vec<PromptShape>) -> bool {
         shapes.into_iter().any(|prompt| {
             let Reproducer::Check(case) = &self.best else { return false };
@@ -309,7 +312,11 @@ impl<'a> Shrinker<'a> {
                 |call| with_ids(call, |ids| ids.truncate(1)),
                 |call| with_ids(call, |ids| ids.iter_mut().for_each(|row| row.truncate(1))),
                 |call| with_ids(call, |ids| ids.iter_mut().for_each(|row| row.truncate(row.len().div_ceil(2)))),
-                |call| with_ids(call, |ids| ids.iter_mut().for_each(|row| row.truncate(row.len().saturating_sub(1).max(1)))),
+                |call| {
+                    with_ids(call, |ids| {
+                        ids.iter_mut().for_each(|row| row.truncate(row.len().saturating_sub(1).max(1)))
+                    })
+                },
                 |call| with_ids(call, |ids| ids.iter_mut().for_each(|row| drop(row.drain(..row.len() / 2)))),
                 fewer_new_tokens,
                 |call| match call {
@@ -355,9 +362,10 @@ impl<'a> Shrinker<'a> {
     fn plain_tokens(&mut self) -> bool {
         let Reproducer::Schedule(case) = &self.best else { return false };
         let vocab = case.model.spec.vocab as u32;
-        [1, 2, 4, 8, 16].into_iter().filter(|&few| few < vocab).any(|few| {
-            self.attempt_schedule(|s| s.tokens_mut().filter(|t| **t < vocab).for_each(|t| *t %= few))
-        })
+        [1, 2, 4, 8, 16]
+            .into_iter()
+            .filter(|&few| few < vocab)
+            .any(|few| self.attempt_schedule(|s| s.tokens_mut().filter(|t| **t < vocab).for_each(|t| *t %= few)))
     }
 }
 

@@ -24,9 +24,11 @@ pub(super) struct Row {
     pub logits: Vec<f64>,
     /// Whether float32 arithmetic must come to these logits: no activation so far was near a rounding tie.
     pub firm: bool,
-    /// The model's own quantisation gap: the largest squared error, over the positions so far, that int8 activations
-    /// bring into the logits, relative to the logits.
+    /// The model's own quantisation gap, the distance of its two semantics: the largest squared error relative to the
+    /// logits, over the positions so far.
     gap: f64,
+    /// The same as the largest difference of a logit.
+    apart: f64,
     /// The largest magnitude of a logit so far.
     reach: f64,
 }
@@ -54,19 +56,18 @@ impl Truth {
             Semantics::Fp32 => Semantics::W158A8,
             Semantics::W158A8 => Semantics::Fp32,
         };
-        // The gap is asked for only where the arithmetic is not held to single values.
-        let gapless = (self.semantics, self.noise) == (Semantics::Fp32, Noise::F32);
-        let mut other = (!gapless).then(|| self.oracle.start(other.oracle()));
-        let (mut gap, mut reach) = (0.0f64, 0.0f64);
+        let mut other = self.oracle.start(other.oracle());
+        let (mut gap, mut apart, mut reach) = (0.0f64, 0.0f64, 0.0f64);
         let mut rows = Vec::with_capacity(tokens.len());
         for &token in tokens {
             let logits = own.step(token)?;
-            if let Some(other) = &mut other {
-                gap = gap.max(nmse(&other.step(token)?, &logits));
-            }
+            let beside = other.step(token)?;
+            gap = gap.max(nmse(&beside, &logits));
+            apart = apart.max(max_abs_diff(&beside, &logits));
             reach = logits.iter().fold(reach, |m, x| m.max(x.abs()));
-            let firm = gapless || self.noise == Noise::F32 && own.closest_tie > tolerance::FUZZ_TIE;
-            rows.push(Row { logits, firm, gap, reach });
+            // In fp32 semantics nothing is rounded to codes, and the tie stays at its start.
+            let firm = self.noise == Noise::F32 && own.closest_tie > tolerance::FUZZ_TIE;
+            rows.push(Row { logits, firm, gap, apart, reach });
         }
         Ok(rows)
     }
@@ -75,15 +76,11 @@ impl Truth {
     pub(super) fn distance(&self, seen: &[f32], row: &Row) -> f64 {
         let worst_if_nan = |x: f64| if x.is_nan() { f64::INFINITY } else { x };
         let gap = worst_if_nan(max_abs_diff(seen, &row.logits));
-        if (self.semantics, self.noise) == (Semantics::Fp32, Noise::F32) {
-            let limit = tolerance::FP32_ABS.max(tolerance::FP32_RELATIVE * row.reach);
-            return gap / (limit * tolerance::FUZZ_FP32_FACTOR);
-        }
+        let exact = gap / self.within(row);
         let (correlation, flips) = match self.noise {
             Noise::F32 => (tolerance::A8_ROW_CORRELATION, tolerance::FUZZ_FLIP_GAPS),
             Noise::Coarse => (tolerance::COARSE_ROW_CORRELATION, tolerance::FUZZ_COARSE_GAPS),
         };
-        let exact = gap / tolerance::A8_ROW_WITHIN.max(tolerance::FUZZ_A8_RELATIVE * row.reach);
         if row.firm || exact <= 1.0 {
             return exact;
         }
@@ -92,17 +89,24 @@ impl Truth {
         if pearson(seen, &row.logits) >= correlation { in_gaps.min(1.0) } else { worst_if_nan(in_gaps) }
     }
 
+    /// What float32 arithmetic may be off by in a firm row.
+    fn within(&self, row: &Row) -> f64 {
+        match self.semantics {
+            Semantics::Fp32 => {
+                let limit = tolerance::FP32_ABS.max(tolerance::FP32_RELATIVE * row.reach);
+                limit.max(tolerance::FUZZ_FP32_OF_GAP * row.apart)
+            }
+            Semantics::W158A8 => tolerance::A8_ROW_WITHIN.max(tolerance::FUZZ_A8_RELATIVE * row.reach),
+        }
+    }
+
     /// The lead of the first logit over the second that leaves no doubt about the most likely token; `None` where the
     /// row is not firm, so that no lead does.
     pub(super) fn clear_margin(&self, row: &Row) -> Option<f64> {
         if !row.firm {
             return None;
         }
-        let within = match self.semantics {
-            Semantics::Fp32 => tolerance::FP32_ABS.max(tolerance::FP32_RELATIVE * row.reach) * tolerance::FUZZ_FP32_FACTOR,
-            Semantics::W158A8 => tolerance::A8_ROW_WITHIN.max(tolerance::FUZZ_A8_RELATIVE * row.reach),
-        };
-        Some(2.0 * within)
+        Some(2.0 * self.within(row))
     }
 
     /// The most likely token, where there is no doubt about it.
