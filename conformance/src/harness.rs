@@ -20,16 +20,19 @@
 //! ```
 //!
 //! Filters, `--list`, `--exact`, `--skip`, `--test-threads` and the rest of libtest's options work, and so does nextest.
-//! Three environment variables choose what there is to run: [`BACKENDS_ENV`], [`MODELS_ENV`], [`FILTER_ENV`].
+//! Three environment variables choose what there is to run: [`BACKENDS_ENV`], [`MODELS_ENV`], [`FILTER_ENV`];
+//! [`SHRINK_ENV`] asks for reproducers of what fails.
 
 use crate::backend::Registry;
 use crate::report::terminal;
+use crate::repro::reproduce;
 use crate::run::Runner;
 use crate::suite::{Case, Selection, Suite};
 use crate::verdict::Verdict;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Backends to test, by name with commas between; unset or empty for all registered ones. A name that is not
 /// registered is an error.
@@ -40,6 +43,12 @@ pub const MODELS_ENV: &str = "CONFORMANCE_MODELS";
 
 /// A part of, or a pattern for, the ids of the cases to make tests of.
 pub const FILTER_ENV: &str = "CONFORMANCE_FILTER";
+
+/// Set to `1` to make failing cases smaller and print their reproducers, some seconds each.
+pub const SHRINK_ENV: &str = "CONFORMANCE_SHRINK";
+
+/// How long a failing case is made smaller.
+const SHRINK_BUDGET: Duration = Duration::from_secs(5);
 
 /// Runs the suite against the registered backends as the `main` of a test target.
 pub fn main(registry: Registry) -> ExitCode {
@@ -68,7 +77,7 @@ pub fn run(suite: &Suite) -> ExitCode {
             Err(error) => return refuse(&error),
         }
     };
-    libtest_mimic::run(&args, trials(cases, runner)).exit_code()
+    libtest_mimic::run(&args, trials(suite, cases, runner)).exit_code()
 }
 
 /// What the environment chooses; `get` reads a variable.
@@ -85,29 +94,37 @@ pub fn selection_from(get: impl Fn(&str) -> Option<String>) -> Selection {
 }
 
 /// One trial a case; those that must run alone come last.
-fn trials(cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<Trial> {
+fn trials(suite: &Suite, cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<Trial> {
     // nextest runs one process a test and sees its exit code only, so a declared absence must be marked beforehand;
     // libtest's own output can show the reason.
     let nextest = std::env::var_os("NEXTEST").is_some();
+    let shrink = std::env::var_os(SHRINK_ENV).is_some_and(|value| value == "1");
+    let suite = Arc::new(suite.clone());
     let (alone, mut ordered): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|c| c.check.exclusive);
     ordered.extend(alone);
     ordered
         .into_iter()
         .map(|case| {
             let ignored = nextest && case.unsupported.is_some();
-            let runner = runner.clone();
-            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref())).with_ignored_flag(ignored)
+            let (suite, runner) = (suite.clone(), runner.clone());
+            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref(), shrink.then_some(&*suite)))
+                .with_ignored_flag(ignored)
         })
         .collect()
 }
 
-fn judge(case: &Case, runner: Option<&Runner>) -> Result<Completion, Failed> {
+fn judge(case: &Case, runner: Option<&Runner>, shrink_in: Option<&Suite>) -> Result<Completion, Failed> {
     let runner = runner.ok_or("tests are only listed, not run")?;
     let result = runner.run(case);
     match result.outcome.verdict {
         Verdict::Pass => Ok(Completion::Completed),
         Verdict::Unsupported => Ok(Completion::ignored_with(result.outcome.reason.as_deref().unwrap_or("unsupported"))),
-        _ => Err(format!("{}  repeat    {}\n", terminal::details(&result), repeat(&case.id)).into()),
+        _ => {
+            let budget = (!case.check.exclusive).then_some(SHRINK_BUDGET);
+            let smaller = shrink_in.and_then(|suite| reproduce(suite, runner, case, &result.outcome, budget));
+            let smaller = smaller.map_or_else(String::new, |json| format!("  smaller   {json}"));
+            Err(format!("{}  repeat    {}\n{smaller}", terminal::details(&result), repeat(&case.id)).into())
+        }
     }
 }
 

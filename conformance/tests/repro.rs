@@ -28,7 +28,7 @@ enum Fault {
     FiveIsSix,
     /// Behind three cached positions or more, the last one is taken for token 0.
     ForgetsTheLast,
-    /// A second truncation of a cache to no positions ends the process.
+    /// Token 9 ends the process.
     AbortsOnTokenNine,
     /// A sequence of more than five tokens never ends.
     HangsOnSix,
@@ -349,7 +349,11 @@ fn long_texts_are_cut_to_fit() -> TestResult {
 
 /// Runs this executable as the command line.
 fn cli(args: &[&str]) -> Result<(i32, String), Failed> {
-    let output = std::process::Command::new(std::env::current_exe()?).env("REPRO_AS_CLI", "1").args(args).output()?;
+    output(std::process::Command::new(std::env::current_exe()?).env("REPRO_AS_CLI", "1").args(args))
+}
+
+fn output(command: &mut std::process::Command) -> Result<(i32, String), Failed> {
+    let output = command.output()?;
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     Ok((output.status.code().unwrap_or(-1), text))
 }
@@ -401,6 +405,18 @@ fn a_run_writes_reproducers_of_its_failures() -> TestResult {
     ensure(code == 1 && report.contains("built_in") && report.contains("\\\"kind\\\":\\\"check\\\""), &text)
 }
 
+fn a_test_target_shrinks_when_asked() -> TestResult {
+    let target = |shrink: &str| -> Result<(i32, String), Failed> {
+        let mut command = std::process::Command::new(std::env::current_exe()?);
+        command.env("REPRO_AS_TARGET", "1").env("CONFORMANCE_SHRINK", shrink).env_remove("NEXTEST");
+        output(command.args(["--exact", "forgets-the-last/tiny/kv_cache/truncate_and_replay@KV-3"]))
+    };
+    let (code, text) = target("0")?;
+    ensure(code != 0 && !text.contains("synthetic"), &text)?;
+    let (code, text) = target("1")?;
+    ensure(code != 0 && text.contains("smaller   {\"kind\":\"check\"") && text.contains("synthetic"), &text)
+}
+
 fn main() -> ExitCode {
     if std::env::var_os("REPRO_AS_CLI").is_some() {
         return conformance::cli::main(registry());
@@ -410,6 +426,9 @@ fn main() -> ExitCode {
         && let Some(code) = conformance::worker::serve_if_asked(suite.registry(), suite.checks())
     {
         return code;
+    }
+    if std::env::var_os("REPRO_AS_TARGET").is_some() {
+        return conformance::main(registry());
     }
     let trials = vec![
         Trial::test("fuzzing_finds_nothing_on_a_sound_backend", fuzzing_finds_nothing_on_a_sound_backend),
@@ -424,6 +443,7 @@ fn main() -> ExitCode {
         Trial::test("hostile_files_are_typed_errors", hostile_files_are_typed_errors),
         Trial::test("long_texts_are_cut_to_fit", long_texts_are_cut_to_fit),
         Trial::test("the_command_line_fuzzes_and_replays", the_command_line_fuzzes_and_replays),
+        Trial::test("a_test_target_shrinks_when_asked", a_test_target_shrinks_when_asked),
         Trial::test("a_run_writes_reproducers_of_its_failures", a_run_writes_reproducers_of_its_failures),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()

@@ -119,3 +119,57 @@ impl Truth {
 fn cannot(error: OracleError) -> Stop {
     Stop::Inconclusive(format!("the oracle cannot evaluate the model: {error}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn truth(semantics: Semantics, noise: Noise) -> Truth {
+        let folder = fixtures::preset("context-32", 1).and_then(|f| f.folder()).expect("a preset");
+        let declared = Capabilities::new(semantics).with_noise(noise);
+        Truth::of(folder.path(), &declared).expect("a model")
+    }
+
+    fn distances(truth: &mut Truth, tokens: &[u32], seen: &[Row]) -> Vec<f64> {
+        let rows = truth.rows(tokens).expect("tokens of the vocabulary");
+        let f32s = |row: &Row| row.logits.iter().map(|&x| x as f32).collect::<Vec<_>>();
+        rows.iter().zip(seen).map(|(row, seen)| truth.distance(&f32s(seen), row)).collect()
+    }
+
+    #[test]
+    fn the_oracles_own_rows_are_right_and_those_of_other_semantics_or_tokens_are_not() {
+        let (tokens, other) = ([3, 14, 15, 92, 65], [4, 14, 15, 92, 65]);
+        for semantics in [Semantics::Fp32, Semantics::W158A8] {
+            let mut own = truth(semantics, Noise::F32);
+            let rows = own.rows(&tokens).expect("rows");
+            assert!(rows.iter().any(|row| row.firm), "nothing to hold a backend to");
+            assert!(distances(&mut own, &tokens, &rows).iter().all(|&d| d < 0.05), "{semantics:?}");
+            let wrong = own.rows(&other).expect("rows");
+            assert!(distances(&mut own, &tokens, &wrong).iter().all(|&d| d > 2.0), "{semantics:?}");
+            let opposite = if semantics == Semantics::Fp32 { Semantics::W158A8 } else { Semantics::Fp32 };
+            let opposite = truth(opposite, Noise::F32).rows(&tokens).expect("rows");
+            assert!(distances(&mut own, &tokens, &opposite).iter().any(|&d| d > 2.0), "{semantics:?}");
+        }
+    }
+
+    #[test]
+    fn coarse_arithmetic_is_held_to_the_quantisation_gap_only() {
+        let (tokens, other) = ([3, 14, 15, 92, 65], [4, 14, 15, 92, 65]);
+        let mut coarse = truth(Semantics::W158A8, Noise::Coarse);
+        let fp32 = truth(Semantics::Fp32, Noise::F32).rows(&tokens).expect("rows");
+        assert!(distances(&mut coarse, &tokens, &fp32).iter().all(|&d| d <= 1.0));
+        let wrong = coarse.rows(&other).expect("rows");
+        assert!(distances(&mut coarse, &tokens, &wrong)[0] > 1.0);
+        assert!(coarse.clear_top(&wrong[0]).is_none());
+    }
+
+    #[test]
+    fn nan_is_as_far_off_as_can_be() {
+        for (semantics, noise) in [(Semantics::Fp32, Noise::F32), (Semantics::W158A8, Noise::Coarse)] {
+            let mut own = truth(semantics, noise);
+            let mut rows = own.rows(&[3]).expect("rows").to_vec();
+            rows[0].logits[0] = f64::NAN;
+            assert_eq!(distances(&mut own, &[3], &rows), [f64::INFINITY]);
+        }
+    }
+}
