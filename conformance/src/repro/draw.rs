@@ -167,3 +167,57 @@ fn generate(draw: &mut Draw, spec: &Spec) -> Generate {
 fn tokens(draw: &mut Draw, spec: &Spec, count: usize) -> Vec<u32> {
     (0..count).map(|_| draw.within(0, spec.vocab - 1) as u32).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::file::{Observed, REPRODUCER_VERSION, Reproducer, ScheduleCase};
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn whatever_is_drawn_fits_into_a_file_and_is_accepted_by_a_reader() {
+        for iteration in 0..2000 {
+            let mut draw = Draw::of(1, iteration);
+            let model = model(&mut draw);
+            let schedule = schedule(&mut draw, &model.spec);
+            let case = Reproducer::Schedule(ScheduleCase {
+                version: REPRODUCER_VERSION,
+                backend: "a-backend-of-a-long-name".to_string(),
+                semantics: crate::backend::Semantics::W158A8,
+                model,
+                schedule,
+                outcome: Observed { seen: "x".repeat(3000), ..Observed::none() },
+            });
+            let text = case.to_json().expect("it fits");
+            let read = Reproducer::from_json(&text).expect("it is accepted");
+            assert_eq!(read.synthetic(), case.synthetic());
+        }
+    }
+
+    #[test]
+    fn every_spelling_and_every_kind_of_call_is_drawn() {
+        let (mut specs, mut calls) = (BTreeSet::new(), BTreeSet::new());
+        for iteration in 0..400 {
+            let mut draw = Draw::of(1, iteration);
+            let Synthetic { spec, .. } = model(&mut draw);
+            specs.insert(format!("{:?}", spec.layout));
+            specs.insert(format!("{:?}", spec.storage));
+            specs.insert(format!("{:?} {}", spec.rope, spec.tied));
+            specs.insert(format!("{:?} {}", spec.norms, spec.layers));
+            for call in schedule(&mut draw, &spec).calls {
+                calls.insert(match &call {
+                    Call::Forward(f) => format!("{:?} {} {} {}", f.form, f.cache.is_some(), f.ids.len() > 1, f.copy),
+                    other => {
+                        other.name().split(|c: char| !c.is_alphabetic()).collect::<String>().chars().take(3).collect()
+                    }
+                });
+            }
+        }
+        assert_eq!(specs.len(), 4 + 3 + 4 + 6, "{specs:?}");
+        let forms = ["U32", "I64", "F32", "Flat", "Deep"];
+        for expected in forms.iter().map(|form| format!("{form} true false false")) {
+            assert!(calls.contains(&expected), "{expected} of {calls:?}");
+        }
+        assert!(calls.contains("U32 false false true") && calls.contains("U32 true true false"), "{calls:?}");
+    }
+}

@@ -159,6 +159,10 @@ impl<'a> Shrinker<'a> {
     pub fn shrink_check(&mut self, model: &Model) {
         let Reproducer::Check(case) = &self.best else { return };
         let Ok(check) = find(self.suite, &case.check).cloned() else { return };
+        // Golden data belongs to one model and to its own prompts.
+        if matches!(check.models, ModelSet::Golden) {
+            return;
+        }
         if self.may_change_model(&check) {
             starts(model).into_iter().any(|start| self.attempt_model(&check, start));
         }
@@ -187,7 +191,6 @@ impl<'a> Shrinker<'a> {
     /// A check that knows the facts of one model by heart says nothing on another, unless another backend passes there.
     fn may_change_model(&self, check: &Check) -> bool {
         match check.models {
-            ModelSet::Golden => false,
             ModelSet::Only(_) => self.control.is_some(),
             _ => true,
         }
@@ -260,12 +263,13 @@ impl<'a> Shrinker<'a> {
         let mut kept = self.first_prompts(candidates);
         let longest = [1, 2, 3, 4, 6, 8, 12, 16, 24].into_iter();
         let Reproducer::Check(CheckCase { prompt: now, .. }) = self.best else { return kept };
-        let shorter = longest.filter(|&l| now.longest.is_none_or(|n| l < n));
+        let most = self.best.synthetic().map_or(usize::MAX, |m| m.spec.context).min(now.longest.unwrap_or(usize::MAX));
+        let shorter = longest.filter(|&l| l < most);
         kept |= self.first_prompts(shorter.map(|l| PromptShape { longest: Some(l), ..now }).collect());
         kept
     }
 
-    /// Keeps the first of these shapes that fails in the same way and does not merely leave the prompts as they were.
+    /// Keeps the first of these shapes that fails in the same way.
     fn first_prompts(&mut self, shapes: Vec<PromptShape>) -> bool {
         shapes.into_iter().any(|prompt| {
             let Reproducer::Check(case) = &self.best else { return false };
