@@ -1,6 +1,7 @@
 //! The checks: one file a category, one function a check, one number of `SPEC.md` each.
 //!
-//! They are written against the contracts alone. What they share is in three places: `support` makes calls, `stats`
+//! They are written against the contracts alone. Where a backend declares that it lacks what a check needs, a probe of
+//! `probes` runs in its place. What they share is in three places: `support` makes calls, `stats`
 //! and `table` are the arithmetic of their verdicts, `edit` makes the models that lie.
 
 mod batch;
