@@ -1,6 +1,7 @@
-//! The command line: `run`, `list`, `gate`. A binary registers its backends and hands over.
+//! The command line: `run`, `list`, `gate`, `calibrate`. A binary registers its backends and hands over.
 
 use crate::backend::Registry;
+use crate::calibrate::{CalibrateArgs, calibrate};
 use crate::gates::Thresholds;
 use crate::report::{Report, json, junit, terminal};
 use crate::run::Runner;
@@ -34,6 +35,8 @@ enum Command {
     List(ListArgs),
     /// Hold a JSON report against thresholds.
     Gate(GateArgs),
+    /// Measure the worst honest and the nearest faulty error of every tolerance.
+    Calibrate(CalibrateArgs),
 }
 
 #[derive(Debug, Args)]
@@ -105,6 +108,7 @@ pub fn main(registry: Registry) -> ExitCode {
             Command::Run(args) => run(&suite, args),
             Command::List(args) => list(&suite, args),
             Command::Gate(args) => gate(&args),
+            Command::Calibrate(args) => calibrate(&suite, &args, &progress_bar(0)),
         }
     });
     result.unwrap_or_else(|error| {

@@ -8,7 +8,7 @@ use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::measure;
 use crate::tolerance;
 use bitnet_contracts::{BitNetInference, InferenceError, KVCache};
-use golden::{Derivation, Golden, Prompt};
+use golden::{Golden, Prompt};
 use serde_json::{Value, json};
 
 const GOLDEN: Category = Category::Golden;
@@ -61,9 +61,9 @@ pub(super) const CHECKS: &[Check] = &[
     .on(ModelSet::Only(EDIT_MODEL)),
 ];
 
-/// The golden logits of a prompt in one of the semantics, as transformers gives them.
-fn golden_logits(prompt: &Prompt, semantics: Semantics) -> Result<&[f32], Stop> {
-    let logits = prompt.logits(semantics.oracle(), Derivation::Transformers);
+/// The golden logits of a prompt in one of the semantics: transformers', or the oracle's where there are no others.
+fn golden_logits<'a>(golden: &Golden, prompt: &'a Prompt, semantics: Semantics) -> Result<&'a [f32], Stop> {
+    let logits = prompt.logits(semantics.oracle(), golden.derivation());
     if logits.is_empty() {
         return Err(Stop::Inconclusive(format!("no golden {} logits for prompt {}", semantics.name(), prompt.name)));
     }
@@ -87,7 +87,7 @@ fn compare(ctx: &mut Context<'_>, golden: &Golden, semantics: Semantics) -> Resu
     let mut engine = ctx.engine()?;
     let (mut rows, mut reach) = (Rows::default(), 0.0f64);
     for prompt in &golden.prompts {
-        let expected = golden_logits(prompt, semantics)?;
+        let expected = golden_logits(golden, prompt, semantics)?;
         let seen = evaluate(ctx, engine.as_mut(), prompt)?;
         ctx.require(
             seen.len() == expected.len(),
@@ -105,7 +105,8 @@ fn compare(ctx: &mut Context<'_>, golden: &Golden, semantics: Semantics) -> Resu
 fn quantisation_gap(golden: &Golden) -> Result<Rows, Stop> {
     let mut gap = Rows::default();
     for prompt in &golden.prompts {
-        let (fp32, a8) = (golden_logits(prompt, Semantics::Fp32)?, golden_logits(prompt, Semantics::W158A8)?);
+        let fp32 = golden_logits(golden, prompt, Semantics::Fp32)?;
+        let a8 = golden_logits(golden, prompt, Semantics::W158A8)?;
         gap.add(fp32, a8, prompt.vocab);
     }
     Ok(gap)
@@ -208,7 +209,7 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
         seen.extend(chunked(engine.as_mut(), tokens, &vec![1; tokens.len()], &mut KVCache::new(tokens.len()))?);
         sessions = 2;
     }
-    let expected = &golden_logits(longest, capabilities.semantics)?[..tokens.len() * longest.vocab];
+    let expected = &golden_logits(&golden, longest, capabilities.semantics)?[..tokens.len() * longest.vocab];
     let expected = expected.repeat(sessions);
     let mut rows = Rows::default();
     rows.add(&seen, &expected, longest.vocab);
@@ -227,17 +228,15 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
 
 fn greedy_tokens(ctx: &mut Context<'_>) -> CheckResult {
     let golden = ctx.golden()?;
-    let semantics = ctx.capabilities().semantics.oracle();
+    let (semantics, derivation) = (ctx.capabilities().semantics, golden.derivation());
     let mut engine = ctx.engine()?;
     let mut compared = 0;
     for prompt in &golden.prompts {
+        let margin = own_margin(ctx, golden_logits(&golden, prompt, semantics)?);
+        let steps = prompt.greedy_of(semantics.oracle(), derivation);
+        let margins = prompt.margins_of(semantics.oracle(), derivation);
         for (row, tokens) in prompt.input_ids.iter().enumerate() {
-            let (Some(expected), Some(margins)) =
-                (prompt.greedy(semantics).get(row), prompt.margins(semantics).get(row))
-            else {
-                continue;
-            };
-            let margin = own_margin(ctx, golden_logits(prompt, ctx.capabilities().semantics)?);
+            let (Some(expected), Some(margins)) = (steps.get(row), margins.get(row)) else { continue };
             let clear = margins.iter().take_while(|&&m| f64::from(m) >= margin).count().min(expected.len());
             if clear == 0 {
                 continue;
@@ -272,7 +271,7 @@ fn reproduced_rows(ctx: &mut Context<'_>) -> CheckResult {
         let mut engine = ctx.factory().create(&model)?;
         let mut rows = Rows::default();
         for prompt in &golden.prompts {
-            let expected = golden_logits(prompt, Semantics::W158A8)?;
+            let expected = golden_logits(&golden, prompt, Semantics::W158A8)?;
             rows.add(&evaluate(ctx, engine.as_mut(), prompt)?, expected, prompt.vocab);
             ctx.compared(expected.len());
         }
