@@ -3,6 +3,7 @@
 //! Nothing registers itself. A test target names its factories, so the list of backends under test can be read in one
 //! place, and a name that was asked for but never registered is an error instead of an empty, green run.
 
+use crate::invariance::{Axis, Invariance, Level};
 use crate::model::ModelFixture;
 use bitnet_contracts::{BitNetInference, ConfigurationError, InferenceError, QuantizationType, ThreadSafeInference};
 use serde::{Deserialize, Serialize};
@@ -47,7 +48,61 @@ pub enum Noise {
     Coarse,
 }
 
-/// What a backend declares about itself. The suite skips what is declared absent and holds the backend to the rest.
+/// Something that a backend may lack. A check names what it needs; where the backend declares that it lacks it, a probe
+/// asks for it all the same, and the honest answer is the typed error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Capability {
+    /// `forward` with more than one sequence.
+    Batch,
+    /// `CreateOptions::output_attentions`.
+    AttentionWeights,
+    /// `CreateOptions::output_hidden_states`.
+    HiddenStates,
+    /// `CreateOptions::threads`.
+    Threads,
+    /// `CreateOptions::isa`.
+    InstructionSets,
+    /// `BackendFactory::create_thread_safe`.
+    ThreadSafe,
+    /// Text and stop sequences by the model's tokenizer.
+    Tokenizer,
+}
+
+impl Capability {
+    /// Every capability.
+    pub const ALL: [Self; 7] = [
+        Self::Batch,
+        Self::AttentionWeights,
+        Self::HiddenStates,
+        Self::Threads,
+        Self::InstructionSets,
+        Self::ThreadSafe,
+        Self::Tokenizer,
+    ];
+
+    /// The name in reports: what is missing.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Batch => "batches of several sequences",
+            Self::AttentionWeights => "attention weights",
+            Self::HiddenStates => "hidden states",
+            Self::Threads => "a choice of threads",
+            Self::InstructionSets => "a choice of instruction sets",
+            Self::ThreadSafe => "a thread-safe engine",
+            Self::Tokenizer => "a tokenizer",
+        }
+    }
+}
+
+impl std::fmt::Display for Capability {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// What a backend declares about itself. The suite holds the backend to all of it: what is declared absent must be
+/// refused, and what is claimed must hold.
 ///
 /// Start from [`Capabilities::new`], which promises only what every backend must do, and add.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,9 +124,10 @@ pub struct Capabilities {
     pub tokenizer: bool,
     /// `forward` takes more than one sequence at a time.
     pub batch: bool,
-    /// The way a prompt is cut into calls, the other sequences of a batch and the number of threads leave every bit of
-    /// the logits as it is. Without this claim they must agree within rounding.
-    pub bitwise: bool,
+    /// What leaves the results as they are, and how exactly.
+    pub invariance: Invariance,
+    /// The instruction sets that `CreateOptions::isa` can force the backend to on this machine, by the backend's names.
+    pub instruction_sets: Vec<String>,
     /// What `supports_quantization` answers "yes" to.
     #[serde(with = "quantization_names")]
     pub quantization: Vec<QuantizationType>,
@@ -89,7 +145,8 @@ impl Capabilities {
             threads: false,
             tokenizer: false,
             batch: false,
-            bitwise: false,
+            invariance: Invariance::default(),
+            instruction_sets: Vec::new(),
             quantization: vec![QuantizationType::I2S],
         }
     }
@@ -143,11 +200,51 @@ impl Capabilities {
         self
     }
 
-    /// Declares logits that do not depend, by a single bit, on chunking, batch or threads.
+    /// Declares results that do not depend, by a single bit, on chunking, batch, threads, instruction set or process.
     #[must_use]
-    pub fn with_bitwise(mut self) -> Self {
-        self.bitwise = true;
+    pub fn with_bitwise(self) -> Self {
+        self.with_invariance(Invariance::bitwise())
+    }
+
+    /// Declares what leaves the results as they are, in place of what the contracts ask of everybody.
+    #[must_use]
+    pub fn with_invariance(mut self, invariance: Invariance) -> Self {
+        self.invariance = invariance;
         self
+    }
+
+    /// Declares the instruction sets that the backend can be forced to on this machine.
+    #[must_use]
+    pub fn with_instruction_sets(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.instruction_sets = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Whether the backend declares that it has a capability.
+    pub fn has(&self, capability: Capability) -> bool {
+        match capability {
+            Capability::Batch => self.batch,
+            Capability::AttentionWeights => self.attention_weights,
+            Capability::HiddenStates => self.hidden_states,
+            Capability::Threads => self.threads,
+            Capability::InstructionSets => !self.instruction_sets.is_empty(),
+            Capability::ThreadSafe => self.thread_safe,
+            Capability::Tokenizer => self.tokenizer,
+        }
+    }
+
+    /// The level claimed on an axis; `None` where nothing is claimed or the backend has nothing to vary.
+    pub fn claim(&self, axis: Axis) -> Option<Level> {
+        let claims = &self.invariance;
+        match axis {
+            Axis::Runs => Some(Level::Bitwise),
+            Axis::Threads => claims.threads.filter(|_| self.has(Capability::Threads)),
+            Axis::Batch => claims.batch.filter(|_| self.has(Capability::Batch)),
+            Axis::Chunking => claims.chunking,
+            Axis::InstructionSet => claims.instruction_set.filter(|_| self.has(Capability::InstructionSets)),
+            Axis::Process => claims.process,
+            Axis::Device => claims.device,
+        }
     }
 
     /// Declares the supported quantisation types, in place of I2_S alone.
@@ -168,6 +265,8 @@ pub struct CreateOptions {
     pub output_attentions: bool,
     /// Fill `InferenceOutput::hidden_states`.
     pub output_hidden_states: bool,
+    /// Compute with this instruction set, by the backend's name for it; `None` leaves the choice to the backend.
+    pub isa: Option<String>,
 }
 
 impl CreateOptions {
@@ -175,6 +274,13 @@ impl CreateOptions {
     #[must_use]
     pub fn with_threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
+        self
+    }
+
+    /// Asks for an instruction set.
+    #[must_use]
+    pub fn with_isa(mut self, name: impl Into<String>) -> Self {
+        self.isa = Some(name.into());
         self
     }
 

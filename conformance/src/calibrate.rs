@@ -16,7 +16,7 @@ mod command;
 pub(crate) use command::{CalibrateArgs, calibrate};
 
 use crate::backend::BackendFactory;
-use crate::case::{Applicability, Check};
+use crate::case::Check;
 use crate::context::CLOCK_ERROR;
 use crate::model::Model;
 use crate::suite::Case;
@@ -145,7 +145,7 @@ fn models_for<'a>(subject: &Subject, check: &Check, models: &'a [Arc<Model>]) ->
 }
 
 fn cases_of(subject: &Subject, check: &Check, models: &[&Arc<Model>]) -> Vec<Case> {
-    if !matches!((check.needs)(&subject.factory.capabilities()), Applicability::Run) {
+    if check.needs.is_some_and(|capability| !subject.factory.capabilities().has(capability)) {
         return Vec::new();
     }
     let mut check = check.clone();
@@ -155,7 +155,7 @@ fn cases_of(subject: &Subject, check: &Check, models: &[&Arc<Model>]) -> Vec<Cas
         backend: subject.factory.clone(),
         model: Arc::clone(model),
         check: check.clone(),
-        unsupported: None,
+        lacks: None,
     };
     models.iter().map(case).collect()
 }

@@ -7,7 +7,8 @@
 
 pub use crate::context::{CLOCK_ERROR, Context, MAX_FAILURES};
 
-use crate::backend::Capabilities;
+use crate::backend::Capability;
+use crate::invariance::Axis;
 use crate::model::{Model, ModelFacts, TINY};
 use bitnet_contracts::InferenceError;
 use serde::{Deserialize, Serialize};
@@ -130,15 +131,6 @@ impl ModelSet {
     }
 }
 
-/// Whether a check makes sense for a backend.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Applicability {
-    /// Run it.
-    Run,
-    /// The backend declares that it lacks what the check needs; the text says what.
-    Unsupported(&'static str),
-}
-
 /// Why a check stopped before its end.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -149,6 +141,8 @@ pub enum Stop {
     Unexpected(String),
     /// The check needs something that this backend or model lacks.
     Unsupported(String),
+    /// The backend declares that it cannot do what it does, and does it right.
+    UnexpectedPass(String),
     /// The check ran and found that it cannot decide (noise, say).
     Inconclusive(String),
 }
@@ -199,14 +193,22 @@ pub struct Check {
     pub clause: &'static str,
     /// The models it runs on.
     pub models: ModelSet,
-    /// Whether it makes sense for a backend.
-    pub needs: fn(&Capabilities) -> Applicability,
+    /// What the backend must be capable of; where it declares that it is not, the probe of that capability runs in
+    /// place of the check.
+    pub needs: Option<Capability>,
+    /// The claim of invariance that it tests.
+    pub axis: Option<Axis>,
     /// The test.
     pub run: fn(&mut Context<'_>) -> CheckResult,
     /// The time it may take, where [`DEFAULT_DEADLINE`] is not right.
     pub deadline: Option<Duration>,
-    /// Nothing else may run beside it: it measures time or memory.
+    /// Nothing else may run beside it: it measures time.
     pub exclusive: bool,
+    /// It runs in two fresh processes, one after the other, with one scratch folder: the first leaves there what the
+    /// second compares with, and is inconclusive.
+    pub twice: bool,
+    /// It has a worker process of its own, in which nothing ran before: it measures memory.
+    pub fresh: bool,
 }
 
 impl Check {
@@ -224,10 +226,13 @@ impl Check {
             category,
             clause,
             models: ModelSet::Any,
-            needs: |_| Applicability::Run,
+            needs: None,
+            axis: None,
             run,
             deadline: None,
             exclusive: false,
+            twice: false,
+            fresh: false,
         }
     }
 
@@ -240,8 +245,15 @@ impl Check {
 
     /// Says what the backend must be capable of.
     #[must_use]
-    pub const fn needs(mut self, needs: fn(&Capabilities) -> Applicability) -> Self {
-        self.needs = needs;
+    pub const fn needs(mut self, capability: Capability) -> Self {
+        self.needs = Some(capability);
+        self
+    }
+
+    /// Says which claim of invariance it tests.
+    #[must_use]
+    pub const fn tests(mut self, axis: Axis) -> Self {
+        self.axis = Some(axis);
         self
     }
 
@@ -252,10 +264,24 @@ impl Check {
         self
     }
 
-    /// Runs alone, with no other case beside it.
+    /// Runs alone, with no other case beside it, and in a process of its own.
     #[must_use]
     pub const fn exclusive(mut self) -> Self {
         self.exclusive = true;
+        self.fresh()
+    }
+
+    /// Runs in a process of its own, beside others.
+    #[must_use]
+    pub const fn fresh(mut self) -> Self {
+        self.fresh = true;
+        self
+    }
+
+    /// Runs in two processes, of which the second compares with what the first left in the scratch folder.
+    #[must_use]
+    pub const fn twice(mut self) -> Self {
+        self.twice = true;
         self
     }
 

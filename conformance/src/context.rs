@@ -2,6 +2,7 @@
 
 use crate::backend::{BackendFactory, Capabilities, CreateOptions};
 use crate::case::{CheckResult, Stop};
+use crate::invariance::{Axis, Level};
 use crate::model::{ModelFacts, ModelFixture};
 use crate::tolerance::Tolerance;
 use crate::verdict::{Failure, Outcome, Verdict};
@@ -28,13 +29,18 @@ pub struct Context<'a> {
     scratch: &'a Path,
     assertions: u64,
     values: u64,
+    statistical: u64,
     failed: u64,
     failures: Vec<Failure>,
     measurements: BTreeMap<String, f64>,
     timings: BTreeMap<String, f64>,
     errors: BTreeMap<String, f64>,
     notes: Vec<String>,
+    fail_fast: bool,
 }
+
+/// What a check is unwound with at its first failed assertion, where nobody asks for more.
+pub(crate) struct FirstFailure;
 
 impl<'a> Context<'a> {
     /// A context for one run of one check. `scratch` is an existing folder that the check may write to; the caller
@@ -47,13 +53,22 @@ impl<'a> Context<'a> {
             scratch,
             assertions: 0,
             values: 0,
+            statistical: 0,
             failed: 0,
             failures: Vec::new(),
             measurements: BTreeMap::new(),
             timings: BTreeMap::new(),
             errors: BTreeMap::new(),
             notes: Vec::new(),
+            fail_fast: false,
         }
+    }
+
+    /// Ends the check at its first failed assertion.
+    #[must_use]
+    pub(crate) fn ending_at_first_failure(mut self, yes: bool) -> Self {
+        self.fail_fast = yes;
+        self
     }
 
     /// The backend under test.
@@ -74,6 +89,11 @@ impl<'a> Context<'a> {
     /// What the backend declares.
     pub fn capabilities(&self) -> &Capabilities {
         &self.capabilities
+    }
+
+    /// The level at which results are held to be the same along an axis: the claim, or the least where there is none.
+    pub fn level(&self, axis: Axis) -> Level {
+        self.capabilities.claim(axis).unwrap_or(Level::Statistical)
     }
 
     /// A folder of this case's own to write files to; removed afterwards.
@@ -204,6 +224,14 @@ impl<'a> Context<'a> {
     pub fn check(&mut self, holds: bool, expected: impl Display, seen: impl Display) -> bool {
         self.values += 1;
         self.assert(Location::caller(), holds, || (expected.to_string(), seen.to_string()))
+    }
+
+    /// Asserts what an honest backend may fail by bad luck, with a probability of at most
+    /// [`crate::tolerance::FALSE_ALARM`]. Such assertions are counted: a run has a budget for them.
+    #[track_caller]
+    pub fn check_chance(&mut self, holds: bool, expected: impl Display, seen: impl Display) -> bool {
+        self.statistical += 1;
+        self.check(holds, expected, seen)
     }
 
     /// Asserts that something holds, and ends the check where it does not.
@@ -396,6 +424,9 @@ impl<'a> Context<'a> {
                     at: format!("{}:{}", at.file(), at.line()),
                 });
             }
+            if self.fail_fast {
+                std::panic::resume_unwind(Box::new(FirstFailure));
+            }
         }
         holds
     }
@@ -410,6 +441,7 @@ impl<'a> Context<'a> {
                 (Verdict::Fail, Some("the check stopped at a failed assertion that it did not record".to_string()))
             }
             End::Returned(Err(Stop::Unsupported(why))) => (Verdict::Unsupported, Some(why)),
+            End::Returned(Err(Stop::UnexpectedPass(why))) => (Verdict::UnexpectedPass, Some(why)),
             End::Returned(Err(Stop::Inconclusive(why))) => (Verdict::Inconclusive, Some(why)),
             End::Returned(Ok(())) if self.assertions == 0 => {
                 (Verdict::Inconclusive, Some("the check made no assertion".to_string()))
@@ -423,6 +455,7 @@ impl<'a> Context<'a> {
             failed_assertions: self.failed,
             assertions: self.assertions,
             values: self.values,
+            statistical: self.statistical,
             measurements: self.measurements,
             timings: self.timings,
             errors: self.errors,

@@ -141,7 +141,7 @@ impl Thresholds {
             name: profile.to_string(),
             known: self.profiles.keys().cloned().collect(),
         })?;
-        let mut breaches = Vec::new();
+        let mut breaches: Vec<String> = report.findings.iter().map(|finding| format!("finding: {finding}")).collect();
         self.suite.judge(report, &mut breaches);
         for (name, rules) in &self.backends {
             rules.judge(name, report, &mut breaches);
@@ -174,7 +174,7 @@ impl SuiteRules {
                 breaches.push(format!("{seen} {what}, at most {limit} allowed"));
             }
         };
-        at_most("cases failed, crashed or timed out", failures, self.max_failures);
+        at_most("cases failed, crashed, timed out or passed unexpectedly", failures, self.max_failures);
         at_most("cases inconclusive", inconclusive, self.max_inconclusive);
         let mut at_least = |what: &str, seen: u64, limit: u64| {
             if seen < limit {

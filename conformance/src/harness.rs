@@ -20,14 +20,17 @@
 //! ```
 //!
 //! Filters, `--list`, `--exact`, `--skip`, `--test-threads` and the rest of libtest's options work, and so does nextest.
-//! Three environment variables choose what there is to run: [`BACKENDS_ENV`], [`MODELS_ENV`], [`FILTER_ENV`].
+//! Three environment variables choose what there is to run: [`BACKENDS_ENV`], [`MODELS_ENV`], [`FILTER_ENV`]; a fourth,
+//! [`EXPECTATIONS_ENV`], says what is known to fail.
 
 use crate::backend::Registry;
+use crate::expectations::{Expectations, Finding};
 use crate::report::terminal;
 use crate::run::Runner;
 use crate::suite::{Case, Selection, Suite};
 use crate::verdict::Verdict;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -40,6 +43,10 @@ pub const MODELS_ENV: &str = "CONFORMANCE_MODELS";
 
 /// A part of, or a pattern for, the ids of the cases to make tests of.
 pub const FILTER_ENV: &str = "CONFORMANCE_FILTER";
+
+/// An expectations file, see [`crate::expectations`]; unset or empty for none. What fails as it says is ignored, what
+/// passes against it fails, and what else is wrong with it fails the test `BACKEND/expectations`.
+pub const EXPECTATIONS_ENV: &str = "CONFORMANCE_EXPECTATIONS";
 
 /// Runs the suite against the registered backends as the `main` of a test target.
 pub fn main(registry: Registry) -> ExitCode {
@@ -55,20 +62,40 @@ pub fn run(suite: &Suite) -> ExitCode {
         return code;
     }
     let args = Arguments::from_args();
-    let cases = match suite.select(&selection_from(|name| std::env::var(name).ok())) {
+    let selection = selection_from(|name| std::env::var(name).ok());
+    let cases = match suite.select(&selection) {
         Ok(cases) => cases,
         Err(error) => return refuse(&error),
+    };
+    let expectations = match std::env::var_os(EXPECTATIONS_ENV).filter(|path| !path.is_empty()) {
+        None => None,
+        Some(path) => match Expectations::read(Path::new(&path)) {
+            Ok(expectations) => Some(expectations),
+            Err(error) => return refuse(&error),
+        },
+    };
+    let findings = match &expectations {
+        None => None,
+        Some(expectations) => match suite.select(&Selection { filter: None, ..selection }) {
+            Ok(whole) => Some(expectations.findings(&whole, &[])),
+            Err(error) => return refuse(&error),
+        },
     };
     // Listing starts no worker and writes no file.
     let runner = if args.list {
         None
     } else {
         match Runner::new() {
-            Ok(runner) => Some(Arc::new(runner)),
+            Ok(runner) => Some(Arc::new(match expectations {
+                Some(expectations) => runner.expecting(expectations),
+                None => runner,
+            })),
             Err(error) => return refuse(&error),
         }
     };
-    libtest_mimic::run(&args, trials(cases, runner)).exit_code()
+    let mut tests = findings.map_or_else(Vec::new, |findings| expectation_trials(&cases, &findings));
+    tests.extend(trials(cases, runner));
+    libtest_mimic::run(&args, tests).exit_code()
 }
 
 /// What the environment chooses; `get` reads a variable.
@@ -86,19 +113,34 @@ pub fn selection_from(get: impl Fn(&str) -> Option<String>) -> Selection {
 
 /// One trial a case; those that must run alone come last.
 fn trials(cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<Trial> {
-    // nextest runs one process a test and sees its exit code only, so a declared absence must be marked beforehand;
-    // libtest's own output can show the reason.
-    let nextest = std::env::var_os("NEXTEST").is_some();
     let (alone, mut ordered): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|c| c.check.exclusive);
     ordered.extend(alone);
     ordered
         .into_iter()
         .map(|case| {
-            let ignored = nextest && case.unsupported.is_some();
             let runner = runner.clone();
-            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref())).with_ignored_flag(ignored)
+            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref()))
         })
         .collect()
+}
+
+/// One trial a backend for what is wrong with the expectations of its cases; the first has those of no backend as well.
+fn expectation_trials(cases: &[Case], findings: &[Finding]) -> Vec<Trial> {
+    let mut backends: Vec<&str> = cases.iter().map(|case| case.backend.name()).collect();
+    backends.dedup();
+    let owner = |finding: &Finding| {
+        let name = finding.id.split('/').next().unwrap_or_default();
+        backends.iter().position(|backend| *backend == name).unwrap_or(0)
+    };
+    let trial =
+        |(index, backend): (usize, &&str)| {
+            let own: Vec<&str> = findings.iter().filter(|f| owner(f) == index).map(|f| f.text.as_str()).collect();
+            let text = own.join("\n");
+            Trial::test(format!("{backend}/expectations"), move || {
+                if text.is_empty() { Ok(()) } else { Err(text.as_str().into()) }
+            })
+        };
+    backends.iter().enumerate().map(trial).collect()
 }
 
 fn judge(case: &Case, runner: Option<&Runner>) -> Result<Completion, Failed> {
@@ -106,7 +148,10 @@ fn judge(case: &Case, runner: Option<&Runner>) -> Result<Completion, Failed> {
     let result = runner.run(case);
     match result.outcome.verdict {
         Verdict::Pass => Ok(Completion::Completed),
-        Verdict::Unsupported => Ok(Completion::ignored_with(result.outcome.reason.as_deref().unwrap_or("unsupported"))),
+        verdict @ (Verdict::Unsupported | Verdict::Waived) => {
+            let reason = result.outcome.reason.as_deref().unwrap_or_default();
+            Ok(Completion::ignored_with(format!("{verdict}: {reason}")))
+        }
         _ => Err(format!("{}  repeat    {}\n", terminal::details(&result), repeat(&case.id)).into()),
     }
 }

@@ -1,6 +1,7 @@
 //! The parent's side of isolation: workers, deadlines, and what becomes of a case whose worker dies.
 
 use crate::case::DEFAULT_DEADLINE;
+use crate::expectations::Expectations;
 use crate::model::{ModelError, ModelFixture};
 use crate::suite::Case;
 use crate::verdict::{CaseResult, Outcome, Verdict};
@@ -38,6 +39,8 @@ pub struct Runner {
     /// Held for reading by ordinary cases, for writing by a case that must run alone.
     alone: RwLock<()>,
     serial: AtomicU64,
+    expectations: Option<Expectations>,
+    fail_fast: bool,
     // Last: workers are gone before their files are.
     root: tempfile::TempDir,
 }
@@ -58,8 +61,24 @@ impl Runner {
             models: Mutex::default(),
             alone: RwLock::new(()),
             serial: AtomicU64::new(0),
+            expectations: None,
+            fail_fast: false,
             root,
         })
+    }
+
+    /// Judges every case by what is expected of it as well.
+    #[must_use]
+    pub fn expecting(mut self, expectations: Expectations) -> Self {
+        self.expectations = Some(expectations);
+        self
+    }
+
+    /// Ends every case at its first failed assertion: enough to know that there is one.
+    #[must_use]
+    pub fn ending_at_first_failure(mut self) -> Self {
+        self.fail_fast = true;
+        self
     }
 
     /// The folder that holds everything this run writes.
@@ -94,17 +113,14 @@ impl Runner {
     /// Runs one case. Safe to call from many threads: a case that must run alone waits for the others and holds new
     /// ones back.
     pub fn run(&self, case: &Case) -> CaseResult {
-        let outcome = if let Some(why) = case.unsupported {
-            Outcome::bare(Verdict::Unsupported, why)
-        } else if case.check.exclusive {
+        let outcome = if case.check.exclusive {
             let _gate = self.alone.write().unwrap_or_else(PoisonError::into_inner);
-            // A fresh process: nothing that ran before shows in what is measured.
-            self.in_worker(case, true)
+            self.in_worker(case)
         } else {
             let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
-            self.in_worker(case, false)
+            self.in_worker(case)
         };
-        CaseResult {
+        let mut result = CaseResult {
             id: case.id.clone(),
             backend: case.backend.name().to_string(),
             model: case.model.name().to_string(),
@@ -114,12 +130,16 @@ impl Runner {
             clause: case.check.clause.to_string(),
             category: case.check.category,
             outcome,
+        };
+        if let Some(expectations) = &self.expectations {
+            expectations.judge(&mut result);
         }
+        result
     }
 
-    fn in_worker(&self, case: &Case, fresh: bool) -> Outcome {
+    fn in_worker(&self, case: &Case) -> Outcome {
         let start = Instant::now();
-        let mut outcome = match self.try_in_worker(case, fresh) {
+        let mut outcome = match self.try_in_worker(case) {
             Ok(outcome) => outcome,
             Err(reason) => Outcome::bare(Verdict::Inconclusive, reason),
         };
@@ -129,11 +149,28 @@ impl Runner {
         outcome
     }
 
-    fn try_in_worker(&self, case: &Case, fresh: bool) -> Result<Outcome, String> {
+    fn try_in_worker(&self, case: &Case) -> Result<Outcome, String> {
         let model = self.fixture(case).map_err(|e| e.to_string())?;
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let scratch = self.root().join("scratch").join(serial.to_string());
         std::fs::create_dir(&scratch).map_err(|e| format!("no scratch folder: {e}"))?;
+        let mut outcome = self.ask(case, &model, &scratch)?;
+        if case.check.twice && outcome.verdict == Verdict::Inconclusive {
+            let first = outcome;
+            outcome = self.ask(case, &model, &scratch)?;
+            outcome.assertions += first.assertions;
+            outcome.values += first.values;
+            outcome.duration_s += first.duration_s;
+        }
+        // Ignored on failure: the whole tree goes at the end of the run.
+        let _ = std::fs::remove_dir_all(&scratch);
+        Ok(outcome)
+    }
+
+    fn ask(&self, case: &Case, model: &ModelFixture, scratch: &Path) -> Result<Outcome, String> {
+        // A fresh process where what ran before must not show in what is measured.
+        let fresh = case.check.fresh || case.check.twice;
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let idle = if fresh { None } else { self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() };
         let mut worker = match idle {
             Some(worker) => worker,
@@ -143,11 +180,12 @@ impl Runner {
             serial,
             backend: case.backend.name().to_string(),
             check: case.check.name.to_string(),
-            model: (*model).clone(),
-            scratch: scratch.clone(),
+            model: model.clone(),
+            scratch: scratch.to_path_buf(),
+            fail_fast: self.fail_fast,
         };
         let deadline = case.check.deadline.unwrap_or(DEFAULT_DEADLINE);
-        let outcome = match worker.ask(&request, deadline) {
+        Ok(match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {
                 if !fresh {
                     self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
@@ -158,10 +196,7 @@ impl Runner {
             Err(Silence::Deadline) => worker.stop_at_deadline(deadline),
             Err(Silence::Closed) => worker.post_mortem(),
             Err(Silence::Garbled(what)) => worker.bury(what),
-        };
-        // Ignored on failure: the whole tree goes at the end of the run.
-        let _ = std::fs::remove_dir_all(&scratch);
-        Ok(outcome)
+        })
     }
 
     /// The model's folder, written when its first case asks for it.

@@ -1,7 +1,7 @@
 //! Which cases there are: every (backend × model × check) that makes sense, chosen by backend, model and id.
 
-use crate::backend::{BackendFactory, Registry, RegistryError};
-use crate::case::{Applicability, Check};
+use crate::backend::{BackendFactory, Capability, Registry, RegistryError};
+use crate::case::Check;
 use crate::model::{Model, ModelError};
 use globset::{Glob, GlobMatcher};
 use std::path::Path;
@@ -18,8 +18,8 @@ pub struct Case {
     pub model: Arc<Model>,
     /// The check.
     pub check: Check,
-    /// Why the case does not run, where the backend declares that it lacks what the check needs.
-    pub unsupported: Option<&'static str>,
+    /// What the check needs and the backend declares that it lacks: the case probes that in place of running the check.
+    pub lacks: Option<Capability>,
 }
 
 /// Why no list of cases can be made.
@@ -132,12 +132,9 @@ impl Suite {
                     if filter.as_ref().is_some_and(|f| !f.takes(&id)) {
                         continue;
                     }
-                    let unsupported = match (check.needs)(&capabilities) {
-                        Applicability::Run => None,
-                        Applicability::Unsupported(why) => Some(why),
-                    };
+                    let lacks = check.needs.filter(|capability| !capabilities.has(*capability));
                     let (backend, model, check) = (backend.clone(), model.clone(), check.clone());
-                    cases.push(Case { id, backend, model, check, unsupported });
+                    cases.push(Case { id, backend, model, check, lacks });
                 }
             }
         }

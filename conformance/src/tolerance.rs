@@ -217,13 +217,19 @@ tolerances! {
 /// The cases over which [`A8_ROWS_LOST`] is taken.
 pub const A8_SHARE_MODELS: [&str; 3] = ["c02-h256-gqa2-untied", "c05-h512-gqa4-tied", "c07-h256-bitlinear"];
 
-/// The probability, at most, that one honest sampler fails one of the frequency assertions by bad luck. The sampling
-/// checks make fewer than ten thousand of them a run, so that an honest backend meets a false alarm in fewer than one
-/// run of a million.
+/// The probability, at most, that one honest backend meets a false alarm in one run: the budget that all statistical
+/// assertions share.
+pub const RUN_FALSE_ALARM: f64 = 1e-6;
+
+/// The most statistical assertions that a run makes of one backend. They are counted: a run that makes more has spent
+/// more than its budget, and fails.
+pub const STATISTICAL_ASSERTIONS: u64 = 10_000;
+
+/// The probability, at most, that an honest backend fails one statistical assertion by bad luck.
 ///
 /// Measured with one fault at a time in the engine: a nucleus one token short e^-194, a seed that is ignored e^-3019; a
 /// nucleus one token long draws what the table forbids, which no honest sampler does.
-pub const FALSE_ALARM: f64 = 1e-10;
+pub const FALSE_ALARM: f64 = RUN_FALSE_ALARM / STATISTICAL_ASSERTIONS as f64;
 
 #[cfg(test)]
 mod tests {

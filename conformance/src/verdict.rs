@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 
 /// The outcome of one case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Verdict {
     /// At least one assertion ran and all held.
     Pass,
     /// An assertion did not hold, or the backend returned an error where none was due.
     Fail,
-    /// The backend declares that it lacks what the check needs.
+    /// The backend declares that it lacks what the check needs, and refuses it as it must.
     Unsupported,
     /// Nothing was asserted, or the check found that it cannot decide.
     Inconclusive,
@@ -50,7 +50,7 @@ impl Verdict {
             Self::Crash => "crash",
             Self::Timeout => "timeout",
             Self::Waived => "waived",
-            Self::UnexpectedPass => "unexpectedpass",
+            Self::UnexpectedPass => "unexpected_pass",
         }
     }
 
@@ -120,6 +120,10 @@ pub struct Outcome {
     pub assertions: u64,
     /// How many single values (logits, tokens, bytes) those assertions compared.
     pub values: u64,
+    /// How many of the assertions an honest backend may fail by bad luck, each with a probability of at most
+    /// [`crate::tolerance::FALSE_ALARM`].
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub statistical: u64,
     /// Numbers measured on the way, by the names of [`crate::measure`]: the same in every run on one machine.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub measurements: BTreeMap<String, f64>,
@@ -139,6 +143,11 @@ pub struct Outcome {
     pub duration_s: f64,
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 impl Outcome {
     /// An outcome with nothing asserted: the start for crashes, timeouts and unsupported cases.
     pub fn bare(verdict: Verdict, reason: impl Into<String>) -> Self {
@@ -149,6 +158,7 @@ impl Outcome {
             failed_assertions: 0,
             assertions: 0,
             values: 0,
+            statistical: 0,
             measurements: BTreeMap::new(),
             timings: BTreeMap::new(),
             errors: BTreeMap::new(),

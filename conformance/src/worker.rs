@@ -5,8 +5,8 @@
 //! standard error are kept only as the last words of a worker that dies.
 
 use crate::backend::Registry;
-use crate::case::Check;
-use crate::context::{Context, End};
+use crate::case::{Check, Stop};
+use crate::context::{Context, End, FirstFailure};
 use crate::model::ModelFixture;
 use crate::verdict::{Outcome, Verdict};
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,8 @@ pub(crate) struct Request {
     pub check: String,
     pub model: ModelFixture,
     pub scratch: PathBuf,
+    /// End at the first failed assertion.
+    pub fail_fast: bool,
 }
 
 /// What a worker answers.
@@ -79,7 +81,7 @@ fn handle(registry: &Registry, checks: &[Check], request: &Request) -> Outcome {
     let Some(check) = checks.iter().find(|c| c.name == request.check) else {
         return Outcome::bare(Verdict::Inconclusive, format!("the worker has no check {}", request.check));
     };
-    run_check(check, &**factory, &request.model, &request.scratch)
+    run_check(check, &**factory, &request.model, &request.scratch, request.fail_fast)
 }
 
 thread_local! {
@@ -104,22 +106,25 @@ fn payload_text(payload: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "a panic without a message".to_string())
 }
 
-/// Runs one check in this process. A panic is caught and becomes a crash verdict; an abort or a hang is not survived,
-/// which is what workers are for.
+/// Runs one check in this process, or the probe of what the backend declares that it lacks for it. A panic is caught and
+/// becomes a crash verdict; an abort or a hang is not survived, which is what workers are for. With `fail_fast` the check
+/// ends at its first failed assertion.
 pub fn run_check(
     check: &Check,
     factory: &dyn crate::backend::BackendFactory,
     model: &ModelFixture,
     scratch: &Path,
+    fail_fast: bool,
 ) -> Outcome {
     let start = Instant::now();
     LAST_PANIC.with_borrow_mut(|last| *last = None);
     let mut context = match std::panic::catch_unwind(AssertUnwindSafe(|| Context::new(factory, model, scratch))) {
-        Ok(context) => context,
+        Ok(context) => context.ending_at_first_failure(fail_fast),
         Err(payload) => return Outcome::bare(Verdict::Crash, payload_text(&*payload)),
     };
-    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| (check.run)(&mut context))) {
+    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| crate::checks::run(check, &mut context))) {
         Ok(result) => End::Returned(result),
+        Err(payload) if payload.is::<FirstFailure>() => End::Returned(Err(Stop::Failed)),
         Err(payload) => {
             let noted = LAST_PANIC.with_borrow_mut(Option::take);
             End::Panicked(noted.unwrap_or_else(|| format!("panicked: {}", payload_text(&*payload))))

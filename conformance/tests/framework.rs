@@ -7,11 +7,14 @@
 #[path = "../examples/oracle_backend/mod.rs"]
 mod oracle_backend;
 
-use bitnet_contracts::{BitNetInference, ForwardPassError, InferenceError, Result as EngineResult};
-use conformance::case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};
+use bitnet_contracts::{
+    BitNetInference, Device, ForwardPassError, GenerationConfig, GenerationResult, InferenceError, InferenceOutput,
+    KVCache, MemoryUsage, ModelConfig, QuantizationType, Result as EngineResult, Tensor,
+};
+use conformance::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use conformance::run::Runner;
 use conformance::suite::{Case, Selection, Suite, SuiteError};
-use conformance::{BackendFactory, Capabilities, CaseResult, ModelFixture, Registry, Semantics, Verdict};
+use conformance::{BackendFactory, Capabilities, Capability, CaseResult, ModelFixture, Registry, Semantics, Verdict};
 use libtest_mimic::{Arguments, Failed, Trial};
 use oracle_backend::OracleFactory;
 use std::process::ExitCode;
@@ -32,6 +35,62 @@ impl BackendFactory for Broken {
 
     fn create(&self, _: &ModelFixture) -> EngineResult<Box<dyn BitNetInference>> {
         Err(InferenceError::ForwardPass(ForwardPassError::NumericalInstability { details: "always".to_string() }))
+    }
+}
+
+/// The oracle with logits that depend on the process, as they would on an address or on a hash map's order.
+struct Restless;
+
+struct RestlessEngine(Box<dyn BitNetInference>);
+
+impl BackendFactory for Restless {
+    fn name(&self) -> &str {
+        "restless"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        OracleFactory.capabilities()
+    }
+
+    fn create(&self, model: &ModelFixture) -> EngineResult<Box<dyn BitNetInference>> {
+        Ok(Box::new(RestlessEngine(OracleFactory.create(model)?)))
+    }
+}
+
+impl BitNetInference for RestlessEngine {
+    fn forward(&mut self, ids: &Tensor, cache: Option<&mut KVCache>) -> EngineResult<InferenceOutput> {
+        let mut output = self.0.forward(ids, cache)?;
+        let off = f64::from(std::process::id()) * 1e-6;
+        output.logits = output.logits.affine(1.0, off)?;
+        Ok(output)
+    }
+
+    fn generate(&mut self, prompt: &[u32], most: usize, config: &GenerationConfig) -> EngineResult<GenerationResult> {
+        self.0.generate(prompt, most, config)
+    }
+
+    fn generate_deterministic(&mut self, prompt: &[u32], most: usize, seed: u64) -> EngineResult<GenerationResult> {
+        self.0.generate_deterministic(prompt, most, seed)
+    }
+
+    fn config(&self) -> &ModelConfig {
+        self.0.config()
+    }
+
+    fn device(&self) -> &Device {
+        self.0.device()
+    }
+
+    fn supports_quantization(&self, qtype: QuantizationType) -> bool {
+        self.0.supports_quantization(qtype)
+    }
+
+    fn memory_usage(&self) -> MemoryUsage {
+        self.0.memory_usage()
+    }
+
+    fn reset(&mut self) -> EngineResult<()> {
+        self.0.reset()
     }
 }
 
@@ -57,6 +116,18 @@ fn write_files(ctx: &mut Context<'_>) -> CheckResult {
     ctx.note(ctx.scratch().display().to_string());
     ctx.note(std::env::temp_dir().display().to_string());
     ctx.check(true, "", "");
+    Ok(())
+}
+
+/// Compares what the first of two processes left with what the second has.
+fn compare_processes(ctx: &mut Context<'_>, own: &str) -> CheckResult {
+    let file = ctx.scratch().join("first");
+    ctx.check(true, "", "");
+    let Ok(first) = std::fs::read_to_string(&file) else {
+        std::fs::write(&file, own)?;
+        return Err(Stop::Inconclusive("the first of two".to_string()));
+    };
+    ctx.check_eq("what both processes have", own, first.as_str());
     Ok(())
 }
 
@@ -133,9 +204,7 @@ fn checks() -> Vec<Check> {
             ctx.check(true, "", "");
             Ok(())
         }),
-        check("errors/needs_attention", |_| Ok(())).needs(|c| {
-            if c.attention_weights { Applicability::Run } else { Applicability::Unsupported("no attention weights") }
-        }),
+        check("errors/needs_attention", |_| Ok(())).needs(Capability::AttentionWeights),
         check("errors/expects_errors", |ctx| {
             let made: EngineResult<()> = Err(ForwardPassError::InvalidInput { reason: "r".to_string() }.into());
             let is_input =
@@ -146,6 +215,9 @@ fn checks() -> Vec<Check> {
             ctx.expect_error("wrong", EngineResult::<()>::Err(other.into()), is_input, "InvalidInput");
             Ok(())
         }),
+        check("errors/agrees_with_itself", |ctx| compare_processes(ctx, "the same")).twice(),
+        check("errors/is_one_process", |ctx| compare_processes(ctx, &std::process::id().to_string())).twice(),
+        check("errors/panics_at_once", |_| panic!("in the first process")).twice(),
         check("errors/writes_files", write_files),
         check("errors/alone", write_files).exclusive(),
         check("errors/on_every_model", |_| Ok(())).on(ModelSet::Every),
@@ -164,6 +236,16 @@ fn suite() -> Suite {
 
 fn registry() -> Registry {
     Registry::new().with(OracleFactory).with(Broken)
+}
+
+/// What workers know: the same and what only one test uses.
+fn workers_registry() -> Registry {
+    registry().with(Restless)
+}
+
+fn workers_checks() -> Vec<Check> {
+    let process = conformance::checks::all().into_iter().find(|c| c.name == "determinism/process");
+    checks().into_iter().chain(process).collect()
 }
 
 fn select(filter: &str) -> Result<Vec<Case>, SuiteError> {
@@ -276,6 +358,26 @@ fn a_claim_without_its_engine_fails_and_no_claim_is_unsupported() -> TestResult 
     ensure(claimed.verdict == Verdict::Fail, &claimed)?;
     let unclaimed = run_in(&runner, "oracle/tiny/errors/wants_threads@TST-1")?.outcome;
     ensure(unclaimed.verdict == Verdict::Unsupported, &unclaimed)
+}
+
+fn a_check_may_span_two_processes() -> TestResult {
+    let same = run("agrees_with_itself")?.outcome;
+    ensure(same.verdict == Verdict::Pass && same.assertions == 3, &same)?;
+    let other = run("is_one_process")?.outcome;
+    ensure(other.verdict == Verdict::Fail && other.failures.len() == 1, &other)?;
+    verdict_is("panics_at_once", Verdict::Crash, "in the first process")
+}
+
+fn another_process_shows_where_it_should_not() -> TestResult {
+    let suite = Suite::new(workers_registry())?;
+    let filter = Some("/determinism/process@".to_string());
+    let verdict = |backend: &str| -> Result<Verdict, Failed> {
+        let backends = vec![backend.to_string()];
+        let cases = suite.select(&Selection { backends, filter: filter.clone(), ..Selection::default() })?;
+        Ok(Runner::new()?.run(&cases[0]).outcome.verdict)
+    };
+    ensure(verdict("oracle")? == Verdict::Pass, "one result in two processes")?;
+    ensure(verdict("restless")? == Verdict::Fail, "two results in two processes")
 }
 
 fn nothing_is_left_behind() -> TestResult {
@@ -403,7 +505,7 @@ fn a_test_target_lists_filters_and_judges() -> TestResult {
     let (good, text) = target("", &["--exact", "oracle/tiny/errors/passes@TST-1", "--nocapture"])?;
     ensure(good && text.contains("1 passed"), &text)?;
     let (good, text) = target("", &["needs_attention"])?;
-    ensure(good && text.contains("no attention weights") && text.contains("2 ignored"), &text)?;
+    ensure(good && text.contains("unsupported: attention weights") && text.contains("2 ignored"), &text)?;
     let (good, text) = target("oracle", &["asserts_nothing"])?;
     ensure(!good && text.contains("INCONCLUSIVE") && text.contains("--exact"), &text)?;
     let (good, text) = target("gpu", &["--list"])?;
@@ -412,7 +514,7 @@ fn a_test_target_lists_filters_and_judges() -> TestResult {
 
 fn main() -> ExitCode {
     let suite = suite();
-    if let Some(code) = conformance::worker::serve_if_asked(suite.registry(), suite.checks()) {
+    if let Some(code) = conformance::worker::serve_if_asked(&workers_registry(), &workers_checks()) {
         return code;
     }
     if std::env::var_os("FRAMEWORK_AS_TARGET").is_some() {
@@ -425,7 +527,7 @@ fn main() -> ExitCode {
         Trial::test("a_check_may_give_up", || verdict_is("gives_up", Verdict::Inconclusive, "too noisy")),
         Trial::test("giving_up_does_not_hide_a_failure", || verdict_is("fails_then_gives_up", Verdict::Fail, "")),
         Trial::test("a_missing_capability_is_unsupported", || {
-            verdict_is("needs_attention", Verdict::Unsupported, "no attention weights")
+            verdict_is("needs_attention", Verdict::Unsupported, "attention weights")
         }),
         Trial::test("passing_counts_what_it_did", passing_counts_what_it_did),
         Trial::test("failures_keep_what_was_expected_and_seen", failures_keep_what_was_expected_and_seen),
@@ -437,6 +539,8 @@ fn main() -> ExitCode {
         Trial::test("garbage_on_the_outputs_is_not_an_answer", garbage_on_the_outputs_is_not_an_answer),
         Trial::test("a_backend_error_where_none_is_due_fails", a_backend_error_where_none_is_due_fails),
         Trial::test("claims_are_held_to", a_claim_without_its_engine_fails_and_no_claim_is_unsupported),
+        Trial::test("a_check_may_span_two_processes", a_check_may_span_two_processes),
+        Trial::test("another_process_shows", another_process_shows_where_it_should_not),
         Trial::test("nothing_is_left_behind", nothing_is_left_behind),
         Trial::test("many_at_once_give_results_in_order", many_at_once_give_results_in_order),
         Trial::test("selections_that_mean_nothing_are_errors", selections_that_mean_nothing_are_errors),

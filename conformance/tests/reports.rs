@@ -3,6 +3,7 @@
 
 use conformance::case::{Category, Check};
 use conformance::gates::Thresholds;
+use conformance::invariance::{Axis, Claim, Level, Standing, Summary};
 use conformance::measure;
 use conformance::report::{Report, Totals, json, junit, terminal};
 use conformance::verdict::{CaseResult, Failure, Outcome, Verdict};
@@ -103,6 +104,7 @@ fn a_good_report_passes_the_gate_and_its_target_is_another_matter() {
 #[case::crashed(Verdict::Crash, "crashed")]
 #[case::timed_out(Verdict::Timeout, "timed out")]
 #[case::inconclusive(Verdict::Inconclusive, "inconclusive")]
+#[case::passed_unexpectedly(Verdict::UnexpectedPass, "unexpectedly")]
 fn a_bad_verdict_is_a_breach(#[case] verdict: Verdict, #[case] word: &str) {
     let mut cases = good_cases();
     cases.push(case("beta", Category::Batch, "bad", verdict));
@@ -302,6 +304,54 @@ fn the_terminal_shows_the_grid_every_failure_and_how_to_repeat_it() {
 }
 
 #[test]
+fn findings_fail_a_run_and_are_shown_and_breach_the_gate() {
+    let mut found = report(good_cases());
+    assert!(found.is_green());
+    found.findings = vec!["expectation \"x\" matches no case".to_string()];
+    assert!(!found.is_green());
+    let style = terminal::Style { colour: false, program: "conformance".to_string() };
+    assert!(terminal::render(&found, &style).contains("FINDING  expectation \"x\" matches no case"));
+    let thresholds = Thresholds::parse(THRESHOLDS).expect("thresholds");
+    let breaches = thresholds.breaches(&found, "default").expect("a known profile");
+    assert_eq!(breaches, ["finding: expectation \"x\" matches no case"]);
+    let text = json::to_string(&found).expect("text");
+    assert_eq!(json::from_str(&text).expect("report"), found);
+}
+
+#[test]
+fn the_terminal_shows_every_claim_of_invariance_and_what_became_of_it() {
+    let claim = |axis, claimed, standing| Claim { axis, claimed, standing, passed: 1, checks: 3 };
+    let summary = |level, standing| Summary {
+        level,
+        covers: vec![Axis::Runs],
+        claims: vec![
+            claim(Axis::Runs, Some(Level::Bitwise), Standing::Held),
+            claim(Axis::Batch, Some(Level::ArgmaxStable), standing),
+            claim(Axis::Device, None, Standing::Unclaimed),
+        ],
+    };
+    let mut shown = report(good_cases());
+    let style = terminal::Style { colour: false, program: "conformance".to_string() };
+    assert!(!terminal::render(&shown, &style).contains("invariance"), "nothing was tested");
+    shown.invariance.insert("alpha".to_string(), summary(Some(Level::Bitwise), Standing::Untested));
+    shown.invariance.insert("beta".to_string(), summary(None, Standing::Broken));
+    let text = terminal::render(&shown, &style);
+    for part in [
+        "invariance",
+        "✓ bitwise",
+        "? argmax-stable: untested (1 of 3 checks)",
+        "✗ argmax-stable: BROKEN",
+        "bitwise on 1 axes",
+        "none: 1 claims broken",
+    ] {
+        assert!(text.contains(part), "{part:?} not in\n{text}");
+    }
+    let text = json::to_string(&shown).expect("text");
+    assert!(text.contains("\"claimed\": \"argmax-stable\"") && text.contains("\"standing\": \"untested\""), "{text}");
+    assert_eq!(json::from_str(&text).expect("report"), shown);
+}
+
+#[test]
 fn green_needs_a_pass_and_nothing_bad() {
     let green = |verdicts: &[Verdict]| {
         let cases: Vec<CaseResult> = verdicts.iter().map(|v| case("a", Category::Errors, "x", *v)).collect();
@@ -310,7 +360,7 @@ fn green_needs_a_pass_and_nothing_bad() {
     assert!(green(&[Verdict::Pass, Verdict::Unsupported]));
     assert!(!green(&[]));
     assert!(!green(&[Verdict::Unsupported]));
-    for bad in [Verdict::Fail, Verdict::Crash, Verdict::Timeout, Verdict::Inconclusive] {
+    for bad in [Verdict::Fail, Verdict::Crash, Verdict::Timeout, Verdict::Inconclusive, Verdict::UnexpectedPass] {
         assert!(!green(&[Verdict::Pass, bad]), "{bad}");
     }
 }

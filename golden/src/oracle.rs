@@ -15,7 +15,8 @@ mod checkpoint;
 
 use std::collections::BTreeMap;
 
-use checkpoint::{Checkpoint, Config, Linear};
+pub use checkpoint::Linear;
+use checkpoint::{Checkpoint, Config};
 
 pub(crate) use checkpoint::read_folder;
 
@@ -66,27 +67,43 @@ pub enum OracleError {
 
 type Result<T> = std::result::Result<T, OracleError>;
 
-struct Layer {
-    input_norm: Vec<f64>,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    attn_sub_norm: Vec<f64>,
-    o: Linear,
-    post_attention_norm: Vec<f64>,
-    gate: Linear,
-    up: Linear,
-    ffn_sub_norm: Vec<f64>,
-    down: Linear,
+/// The weights of one layer. Norms are gains, `[hidden]` but for `ffn_sub_norm`, which is `[intermediate]`.
+pub struct Layer {
+    /// `input_layernorm`.
+    pub input_norm: Vec<f64>,
+    /// Queries, `[hidden, hidden]`.
+    pub q: Linear,
+    /// Keys, `[kv heads * head size, hidden]`.
+    pub k: Linear,
+    /// Values, as keys.
+    pub v: Linear,
+    /// The norm before `o`.
+    pub attn_sub_norm: Vec<f64>,
+    /// Attention's output, `[hidden, hidden]`.
+    pub o: Linear,
+    /// `post_attention_layernorm`.
+    pub post_attention_norm: Vec<f64>,
+    /// The gated branch, `[intermediate, hidden]`.
+    pub gate: Linear,
+    /// The linear branch, as the gated one.
+    pub up: Linear,
+    /// The norm before `down`.
+    pub ffn_sub_norm: Vec<f64>,
+    /// Back to the residual stream, `[hidden, intermediate]`.
+    pub down: Linear,
 }
 
-/// A model, ready to be evaluated.
+/// A model, ready to be evaluated. Its parts may be read: a naive engine that goes another way starts from them.
 pub struct Oracle {
     config: Config,
-    embedding: Vec<f64>,
-    layers: Vec<Layer>,
-    final_norm: Vec<f64>,
-    head: Option<Vec<f64>>,
+    /// One row a token, `[vocab, hidden]`.
+    pub embedding: Vec<f64>,
+    /// The layers in order.
+    pub layers: Vec<Layer>,
+    /// The gain of the norm before the head.
+    pub final_norm: Vec<f64>,
+    /// The head `[vocab, hidden]`, or `None` where it is the embedding.
+    pub head: Option<Vec<f64>>,
 }
 
 impl Oracle {

@@ -5,11 +5,13 @@ use crate::run::Runner;
 use crate::suite::{Case, Suite};
 use crate::tolerance::{self, ALL, Entry, Rule, Table};
 use crate::verdict::CaseResult;
+use crate::zoo::{faulty, honest};
 use clap::Args;
 use comfy_table::presets;
 use indicatif::ProgressBar;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// The arguments of `conformance calibrate`.
 #[derive(Debug, Args)]
@@ -28,9 +30,12 @@ pub(crate) struct CalibrateArgs {
     jobs: Option<std::num::NonZeroUsize>,
 }
 
-/// Every backend that is known to be right or to be wrong.
+/// Every backend that is known to be right or to be wrong: the registered ones and both zoos.
 fn subjects(suite: &Suite) -> Vec<Subject> {
-    suite.registry().factories().iter().cloned().map(Subject::honest).collect()
+    let registered = suite.registry().factories().iter().cloned().map(Subject::honest);
+    let honest = honest::all().into_iter().map(|variant| Subject::honest(Arc::new(variant.factory())));
+    let faulty = faulty::all().into_iter().map(|fault| Subject::faulty(Arc::new(fault.factory()), fault.model));
+    registered.chain(honest).chain(faulty).collect()
 }
 
 /// Measures, prints, and writes or judges the table.

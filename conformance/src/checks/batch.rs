@@ -1,18 +1,16 @@
 //! A sequence in a batch is the sequence alone.
 
 use super::support::{forward, logits_of, prompt, same_logits};
-use crate::backend::Capabilities;
-use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet};
+use crate::backend::Capability;
+use crate::case::{Category, Check, CheckResult, Context, ModelSet};
+use crate::invariance::Axis;
 
 const BATCH: Category = Category::Batch;
 
-const fn needs_batch(capabilities: &Capabilities) -> Applicability {
-    if capabilities.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }
-}
-
 pub(super) const CHECKS: &[Check] = &[
     Check::new("BAT-1", "batch/row_is_alone", BATCH, "every row of a batch has the logits it has alone", row_is_alone)
-        .needs(needs_batch)
+        .needs(Capability::Batch)
+        .tests(Axis::Batch)
         .on(ModelSet::Every),
     Check::new(
         "BAT-2",
@@ -21,10 +19,11 @@ pub(super) const CHECKS: &[Check] = &[
         "the order of rows does not show, and equal rows are equal",
         order_of_rows,
     )
-    .needs(needs_batch),
+    .needs(Capability::Batch)
+    .tests(Axis::Batch),
     Check::new("BAT-3", "batch/loud_neighbour", BATCH, "the contents of a neighbour do not show", loud_neighbour)
-        .needs(needs_batch),
-    Check::new("BAT-4", "batch/declared", BATCH, "a backend that declares no batches refuses them", declared),
+        .needs(Capability::Batch)
+        .tests(Axis::Batch),
 ];
 
 fn row_is_alone(ctx: &mut Context<'_>) -> CheckResult {
@@ -37,7 +36,13 @@ fn row_is_alone(ctx: &mut Context<'_>) -> CheckResult {
     for size in [1, 2, 3, 5] {
         let logits = forward(engine.as_mut(), &rows[..size], None)?;
         for (i, expected) in alone[..size].iter().enumerate() {
-            same_logits(ctx, format!("logits of row {i} in a batch of {size}"), logits.sequence(i), expected);
+            same_logits(
+                ctx,
+                Axis::Batch,
+                format!("logits of row {i} in a batch of {size}"),
+                logits.sequence(i),
+                expected,
+            );
         }
     }
     Ok(())
@@ -51,9 +56,15 @@ fn order_of_rows(ctx: &mut Context<'_>) -> CheckResult {
     let shuffled: Vec<Vec<u32>> = order.iter().map(|&i| rows[i].clone()).collect();
     let seen = forward(engine.as_mut(), &shuffled, None)?;
     for (place, &row) in order.iter().enumerate() {
-        same_logits(ctx, format!("logits of row {row} at place {place}"), seen.sequence(place), logits.sequence(row));
+        same_logits(
+            ctx,
+            Axis::Batch,
+            format!("logits of row {row} at place {place}"),
+            seen.sequence(place),
+            logits.sequence(row),
+        );
     }
-    same_logits(ctx, "logits of two equal rows", seen.sequence(3), seen.sequence(1));
+    same_logits(ctx, Axis::Batch, "logits of two equal rows", seen.sequence(3), seen.sequence(1));
     Ok(())
 }
 
@@ -67,23 +78,9 @@ fn loud_neighbour(ctx: &mut Context<'_>) -> CheckResult {
         match &expected {
             None => expected = Some(logits.sequence(1).to_vec()),
             Some(expected) => {
-                same_logits(ctx, format!("logits beside neighbours {salt}"), logits.sequence(1), expected);
+                same_logits(ctx, Axis::Batch, format!("logits beside neighbours {salt}"), logits.sequence(1), expected);
             }
         }
-    }
-    Ok(())
-}
-
-fn declared(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let rows = [prompt(ctx.facts(), 3, 96), prompt(ctx.facts(), 3, 97)];
-    let result = super::support::try_forward(engine.as_mut(), &rows, None)?;
-    if ctx.capabilities().batch {
-        ctx.check_ok("a batch of two", result);
-    } else {
-        // Declared absent, it must be refused: an answer for a batch that nothing checks could be anything.
-        let kind = |e: &bitnet_contracts::InferenceError| matches!(e, bitnet_contracts::InferenceError::ForwardPass(_));
-        ctx.expect_error("a batch of two, declared absent", result, kind, "a ForwardPassError");
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::support::{forward, logits_of, other_token, prompt, same_logits};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
+use crate::invariance::Axis;
 use bitnet_contracts::KVCache;
 
 const CAUSALITY: Category = Category::Causality;
@@ -45,7 +46,7 @@ fn later_tokens_do_not_show(ctx: &mut Context<'_>) -> CheckResult {
         }
         let seen = logits_of(engine.as_mut(), &changed)?;
         let what = format!("logits of positions 0..{kept} with other tokens behind them");
-        same_logits(ctx, what, seen.prefix(0, kept), base.prefix(0, kept));
+        same_logits(ctx, Axis::Chunking, what, seen.prefix(0, kept), base.prefix(0, kept));
     }
     Ok(())
 }
@@ -65,7 +66,7 @@ fn later_tokens_with_a_cache(ctx: &mut Context<'_>) -> CheckResult {
         cache.truncate(past);
         let seen = forward(engine.as_mut(), &[changed], Some(&mut cache))?;
         let what = format!("logits of {kept} new positions behind {past} cached, with other tokens after them");
-        same_logits(ctx, what, seen.prefix(0, kept), base.prefix(0, kept));
+        same_logits(ctx, Axis::Chunking, what, seen.prefix(0, kept), base.prefix(0, kept));
     }
     Ok(())
 }

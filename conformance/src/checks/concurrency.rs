@@ -1,8 +1,8 @@
 //! Many callers are each alone.
 
 use super::support::{forward, generate, plain, prompt};
-use crate::backend::Capabilities;
-use crate::case::{Applicability, Category, Check, CheckResult, Context, Stop};
+use crate::backend::Capability;
+use crate::case::{Category, Check, CheckResult, Context, Stop};
 use bitnet_contracts::{
     BitNetInference, ConcurrentInferenceEngine, Device, GenerationConfig, GenerationResult, InferenceOutput, KVCache,
     MemoryUsage, ModelConfig, QuantizationType, Tensor, ThreadSafeInference,
@@ -12,10 +12,6 @@ use std::thread;
 
 const CONCURRENCY: Category = Category::Concurrency;
 
-const fn needs_threads(capabilities: &Capabilities) -> Applicability {
-    if capabilities.thread_safe { Applicability::Run } else { Applicability::Unsupported("a thread-safe engine") }
-}
-
 pub(super) const CHECKS: &[Check] = &[
     Check::new(
         "CON-1",
@@ -24,7 +20,7 @@ pub(super) const CHECKS: &[Check] = &[
         "N callers at once get what each gets alone, bit for bit",
         callers_are_alone,
     )
-    .needs(needs_threads)
+    .needs(Capability::ThreadSafe)
     .within(120),
     Check::new(
         "CON-1",
@@ -41,7 +37,7 @@ pub(super) const CHECKS: &[Check] = &[
         "thread-local copies share no state",
         copies_are_apart,
     )
-    .needs(needs_threads),
+    .needs(Capability::ThreadSafe),
     Check::new(
         "CON-3",
         "concurrency/workers",
@@ -56,13 +52,6 @@ pub(super) const CHECKS: &[Check] = &[
         CONCURRENCY,
         "a caller that panics does not stop the others",
         panicking_caller,
-    ),
-    Check::new(
-        "CON-5",
-        "concurrency/declared",
-        CONCURRENCY,
-        "supports_concurrent_generation and the factory say the same",
-        declared,
     ),
 ];
 
@@ -124,6 +113,7 @@ where
 
 fn callers_are_alone(ctx: &mut Context<'_>) -> CheckResult {
     let engine = ctx.thread_safe()?;
+    ctx.check_eq("supports_concurrent_generation()", engine.supports_concurrent_generation(), true);
     all_at_once(ctx, "the engine's own generate_concurrent", engine.as_ref(), 3)?;
     let wrapped = ConcurrentInferenceEngine::from_thread_safe(engine);
     all_at_once(ctx, "ConcurrentInferenceEngine::from_thread_safe", &wrapped, 2)
@@ -283,17 +273,6 @@ fn panicking_caller(ctx: &mut Context<'_>) -> CheckResult {
         if let Some(result) = ctx.check_ok(format!("generate after {what}"), result) {
             ctx.check_slices(format!("tokens after {what}"), &result.generated_tokens, &expected[0]);
         }
-    }
-    Ok(())
-}
-
-fn declared(ctx: &mut Context<'_>) -> CheckResult {
-    let made = ctx.factory().create_thread_safe(ctx.model());
-    ctx.check_eq("create_thread_safe gives an engine", made.is_some(), ctx.capabilities().thread_safe);
-    if let Some(engine) = made {
-        let engine = engine?;
-        ctx.check_eq("supports_concurrent_generation()", engine.supports_concurrent_generation(), true);
-        ctx.check_eq("vocab_size of the thread-safe engine", engine.config().vocab_size, ctx.facts().vocab_size);
     }
     Ok(())
 }

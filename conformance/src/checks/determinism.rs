@@ -1,8 +1,10 @@
 //! The same input gives the same bits.
 
-use super::support::{chunked, forward, generate, logits_of, mix, plain, prompt};
-use crate::backend::CreateOptions;
-use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};
+use super::probes::refuses_unknown_set;
+use super::support::{chunked, forward, generate, greedy, logits_of, mix, plain, prompt, same_greedy, same_logits};
+use crate::backend::{Capability, CreateOptions};
+use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
+use crate::invariance::{Axis, Level};
 use bitnet_contracts::{BitNetInference, GenerationConfig, KVCache};
 
 const DETERMINISM: Category = Category::Determinism;
@@ -14,14 +16,16 @@ pub(super) const CHECKS: &[Check] = &[
         DETERMINISM,
         "repeated calls give the same bits, whatever came between",
         repeated_forward,
-    ),
+    )
+    .tests(Axis::Runs),
     Check::new(
         "DET-2",
         "determinism/same_seed",
         DETERMINISM,
         "the same seed gives the same tokens and text, with or without reset()",
         same_seed,
-    ),
+    )
+    .tests(Axis::Runs),
     Check::new(
         "DET-3",
         "determinism/fresh_engine",
@@ -29,9 +33,11 @@ pub(super) const CHECKS: &[Check] = &[
         "a fresh engine gives the same bits and tokens",
         fresh_engine,
     )
+    .tests(Axis::Runs)
     .on(ModelSet::Every),
     Check::new("DET-4", "determinism/threads", DETERMINISM, "the number of threads does not show", threads)
-        .needs(|c| if c.threads { Applicability::Run } else { Applicability::Unsupported("a choice of threads") }),
+        .needs(Capability::Threads)
+        .tests(Axis::Threads),
     Check::new("DET-5", "determinism/seeds_differ", DETERMINISM, "different seeds give different tokens", seeds_differ),
     Check::new(
         "DET-6",
@@ -39,14 +45,29 @@ pub(super) const CHECKS: &[Check] = &[
         DETERMINISM,
         "forward calls and generations do not disturb each other",
         sessions_apart,
-    ),
+    )
+    .tests(Axis::Runs),
     Check::new(
         "DET-7",
         "determinism/generate_deterministic",
         DETERMINISM,
         "generate_deterministic is generate with the default configuration and that seed",
         generate_deterministic,
-    ),
+    )
+    .tests(Axis::Runs),
+    Check::new(
+        "DET-8",
+        "determinism/instruction_sets",
+        DETERMINISM,
+        "the instruction set does not show, and one that does not exist is refused",
+        instruction_sets,
+    )
+    .on(ModelSet::Every)
+    .needs(Capability::InstructionSets)
+    .tests(Axis::InstructionSet),
+    Check::new("DET-9", "determinism/process", DETERMINISM, "another process does not show", process)
+        .tests(Axis::Process)
+        .twice(),
 ];
 
 const SEEDS: [u64; 4] = [0, 1, 12345, u64::MAX];
@@ -104,24 +125,98 @@ fn fresh_engine(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
+/// What an engine gives for one prompt: in one call, in decoding, by sampling and greedily.
+struct Seen {
+    whole: Vec<f32>,
+    steps: Vec<f32>,
+    sampled: Vec<u32>,
+    greedy: Vec<u32>,
+}
+
+impl Seen {
+    fn of(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<Self, Stop> {
+        Ok(Self {
+            whole: logits_of(engine, tokens)?.data,
+            steps: chunked(engine, &tokens[..4], &[3, 1], &mut KVCache::new(4))?,
+            sampled: sample(engine, &tokens[..5], 74)?,
+            greedy: generate(engine, &tokens[..5], 8, &greedy())?.generated_tokens,
+        })
+    }
+
+    /// All of it as numbers that any file keeps to the bit.
+    fn bits(&self) -> [Vec<u32>; 4] {
+        let bits = |logits: &[f32]| logits.iter().map(|x| x.to_bits()).collect();
+        [bits(&self.whole), bits(&self.steps), self.sampled.clone(), self.greedy.clone()]
+    }
+
+    fn of_bits([whole, steps, sampled, greedy]: [Vec<u32>; 4]) -> Self {
+        let logits = |bits: Vec<u32>| bits.into_iter().map(f32::from_bits).collect();
+        Self { whole: logits(whole), steps: logits(steps), sampled, greedy }
+    }
+
+    /// Holds this against what another engine gave for the same prompt, as exactly as is claimed along the axis.
+    fn same(
+        &self,
+        ctx: &mut Context<'_>,
+        axis: Axis,
+        what: &str,
+        engine: &mut dyn BitNetInference,
+        tokens: &[u32],
+        expected: &Self,
+    ) -> CheckResult {
+        same_logits(ctx, axis, format!("prompt logits {what}"), &self.whole, &expected.whole);
+        same_logits(ctx, axis, format!("decode logits {what}"), &self.steps, &expected.steps);
+        let greedy_tokens = format!("greedy tokens {what}");
+        same_greedy(ctx, axis, greedy_tokens, engine, &tokens[..5], &self.greedy, &expected.greedy)?;
+        // Logits that differ in their last bits may draw another token.
+        if ctx.level(axis) == Level::Bitwise {
+            ctx.check_slices(format!("sampled tokens {what}"), &self.sampled, &expected.sampled);
+        }
+        Ok(())
+    }
+}
+
 fn threads(ctx: &mut Context<'_>) -> CheckResult {
-    let tokens = prompt(ctx.facts(), 33, 74);
-    let mut expected: Option<(Vec<f32>, Vec<f32>, Vec<u32>)> = None;
+    let tokens = prompt(ctx.facts(), ctx.facts().max_positions.min(33), 74);
+    let mut expected: Option<Seen> = None;
     for threads in [1, 2, 3, 7] {
         let mut engine = ctx.engine_with(&CreateOptions::default().with_threads(threads))?;
-        let whole = logits_of(engine.as_mut(), &tokens)?.data;
-        let step = chunked(engine.as_mut(), &tokens[..4], &[3, 1], &mut KVCache::new(4))?;
-        let drawn = sample(engine.as_mut(), &tokens[..5], 74)?;
+        let seen = Seen::of(engine.as_mut(), &tokens)?;
         match &expected {
-            None => expected = Some((whole, step, drawn)),
-            Some((w, s, d)) => {
-                ctx.check_bits(format!("prompt logits with {threads} threads against 1"), &whole, w);
-                ctx.check_bits(format!("decode logits with {threads} threads against 1"), &step, s);
-                ctx.check_slices(format!("tokens with {threads} threads against 1"), &drawn, d);
+            None => expected = Some(seen),
+            Some(one) => {
+                let what = format!("with {threads} threads against 1");
+                seen.same(ctx, Axis::Threads, &what, engine.as_mut(), &tokens, one)?;
             }
         }
     }
     Ok(())
+}
+
+fn instruction_sets(ctx: &mut Context<'_>) -> CheckResult {
+    let tokens = prompt(ctx.facts(), ctx.facts().max_positions.min(19), 78);
+    let expected = Seen::of(ctx.engine()?.as_mut(), &tokens)?;
+    for name in ctx.capabilities().instruction_sets.clone() {
+        let mut engine = ctx.engine_with(&CreateOptions::default().with_isa(&name))?;
+        let seen = Seen::of(engine.as_mut(), &tokens)?;
+        let what = format!("with {name} against the backend's own choice");
+        seen.same(ctx, Axis::InstructionSet, &what, engine.as_mut(), &tokens, &expected)?;
+    }
+    refuses_unknown_set(ctx);
+    Ok(())
+}
+
+fn process(ctx: &mut Context<'_>) -> CheckResult {
+    let tokens = prompt(ctx.facts(), ctx.facts().max_positions.min(19), 79);
+    let mut engine = ctx.engine()?;
+    let seen = Seen::of(engine.as_mut(), &tokens)?;
+    let file = ctx.scratch().join("first-process.json");
+    if !file.exists() {
+        std::fs::write(&file, serde_json::to_vec(&seen.bits()).map_err(std::io::Error::other)?)?;
+        return Err(Stop::Inconclusive("computed in one process only, and compared with nothing".to_string()));
+    }
+    let expected = Seen::of_bits(serde_json::from_slice(&std::fs::read(&file)?).map_err(std::io::Error::other)?);
+    seen.same(ctx, Axis::Process, "of a second process against the first", engine.as_mut(), &tokens, &expected)
 }
 
 fn seeds_differ(ctx: &mut Context<'_>) -> CheckResult {
@@ -135,7 +230,7 @@ fn seeds_differ(ctx: &mut Context<'_>) -> CheckResult {
     }
     for (i, (seed, tokens)) in drawn.iter().enumerate() {
         for (other, others) in &drawn[..i] {
-            ctx.check(
+            ctx.check_chance(
                 tokens != others,
                 format!("seeds {other} and {seed} give different tokens at temperature 20"),
                 format!("both give {tokens:?}"),

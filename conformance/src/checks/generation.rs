@@ -1,9 +1,11 @@
 //! Limits, stop rules and results of generation.
 
 use super::support::{
-    SMALL_CONTEXT, TRAINED_MODEL, generate, greedy, own_greedy, plain, prompt, same_greedy, until_eos,
+    SMALL_CONTEXT, TRAINED_MODEL, exact, generate, greedy, own_greedy, plain, prompt, same_greedy, until_eos,
 };
-use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet, Stop};
+use crate::backend::Capability;
+use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
+use crate::invariance::Axis;
 use crate::tolerance;
 use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
 use std::time::{Duration, Instant};
@@ -59,7 +61,7 @@ pub(super) const CHECKS: &[Check] = &[
         stop_sequence,
     )
     .on(ModelSet::Only(TRAINED_MODEL))
-    .needs(|c| if c.tokenizer { Applicability::Run } else { Applicability::Unsupported("a tokenizer") }),
+    .needs(Capability::Tokenizer),
     Check::new(
         "GEN-7",
         "generation/result_is_true",
@@ -83,6 +85,7 @@ pub(super) const CHECKS: &[Check] = &[
         "use_cache and prefill_chunk_size do not change the tokens",
         cache_and_chunks,
     )
+    .tests(Axis::Chunking)
     .on(ModelSet::Where(|f| f.max_positions <= 64 || f.has_tokenizer)),
     Check::new(
         "GEN-11",
@@ -374,7 +377,15 @@ fn greedy_is_argmax(ctx: &mut Context<'_>) -> CheckResult {
         for (what, config) in configs {
             let result = generate(engine.as_mut(), &tokens, steps, &config)?;
             let expected = until_eos(ctx.facts(), &result, &expected);
-            same_greedy(ctx, format!("{what}: tokens"), engine.as_mut(), &tokens, &result.generated_tokens, &expected)?;
+            same_greedy(
+                ctx,
+                Axis::Chunking,
+                format!("{what}: tokens"),
+                engine.as_mut(),
+                &tokens,
+                &result.generated_tokens,
+                &expected,
+            )?;
         }
     }
     Ok(())
@@ -412,12 +423,20 @@ fn cache_and_chunks(ctx: &mut Context<'_>) -> CheckResult {
             ));
         }
         for (what, config) in variants {
-            if config.do_sample && !ctx.capabilities().bitwise {
+            if config.do_sample && !exact(ctx) {
                 // Logits that differ in their last bits may draw another token: only greedy choices can be compared.
                 continue;
             }
             let seen = generate(engine.as_mut(), &tokens, 6, &config)?.generated_tokens;
-            same_greedy(ctx, format!("tokens with {what}"), engine.as_mut(), &tokens, &seen, &expected)?;
+            same_greedy(
+                ctx,
+                Axis::Chunking,
+                format!("tokens with {what}"),
+                engine.as_mut(),
+                &tokens,
+                &seen,
+                &expected,
+            )?;
         }
     }
     Ok(())

@@ -2,7 +2,9 @@
 
 use super::edit::Model;
 use super::stats::Rows;
-use super::support::{EDIT_MODEL, chunked, forward, generate, greedy, logits_of, own_margin, prompt, reach, until_eos};
+use super::support::{
+    EDIT_MODEL, check_lost, chunked, forward, generate, greedy, logits_of, own_margin, prompt, reach, until_eos,
+};
 use crate::backend::{Noise, Semantics};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::measure;
@@ -141,18 +143,6 @@ fn check_correlation(ctx: &mut Context<'_>, rows: &Rows) -> f64 {
     worst
 }
 
-/// Holds the largest lead that a golden's first token has where the backend has another one first.
-fn check_lost(ctx: &mut Context<'_>, rows: &Rows, reach: f64) {
-    let (row, lost) = rows.worst(|r| r.lost_margin, |a, b| a > b);
-    let what = format!("lead of the golden's first token where another was seen (row {row} of {})", rows.len());
-    if exact(ctx) {
-        // Each of the two logits may be off by the tolerance.
-        ctx.check_within(what, lost / (2.0 * reach), &tolerance::FP32_LOGIT);
-    } else {
-        ctx.check_within(what, lost, &tolerance::A8_MARGIN);
-    }
-}
-
 fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
     let golden = ctx.golden()?;
     let (rows, reach) = compare(ctx, &golden, ctx.capabilities().semantics)?;
@@ -189,7 +179,7 @@ fn top1(ctx: &mut Context<'_>) -> CheckResult {
     let golden = ctx.golden()?;
     let semantics = ctx.capabilities().semantics;
     let (rows, reach) = compare(ctx, &golden, semantics)?;
-    check_lost(ctx, &rows, reach);
+    check_lost(ctx, "against the golden", &rows, reach);
     ctx.measure("top1_agreement", rows.mean(|r| f64::from(u8::from(r.lost_margin == 0.0))));
     Ok(())
 }
@@ -221,7 +211,7 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_within(what, gap / reach, &tolerance::FP32_LOGIT);
     } else {
         check_correlation(ctx, &rows);
-        check_lost(ctx, &rows, reach);
+        check_lost(ctx, "in decoding", &rows, reach);
     }
     Ok(())
 }
@@ -347,7 +337,13 @@ fn spellings(ctx: &mut Context<'_>) -> CheckResult {
     tied.tensors.remove("lm_head.weight");
     tied.set("tie_word_embeddings", json!(true));
     let (own, tied) = (edited(ctx, "own-head", &own, &tokens)?, edited(ctx, "tied-head", &tied, &tokens)?);
-    super::support::same_logits(ctx, "logits of a tied head and of the same head untied", &tied, &own);
+    super::support::same_logits(
+        ctx,
+        crate::invariance::Axis::Chunking,
+        "logits of a tied head and of the same head untied",
+        &tied,
+        &own,
+    );
     ctx.check(own != base, "the head that is in the file is the one that is used", "another head, the same logits");
 
     // Powers of two as scales: 1/s is exact, so that multiplying and dividing by them is the same.
@@ -363,7 +359,13 @@ fn spellings(ctx: &mut Context<'_>) -> CheckResult {
     linear_class(&mut divided, Some("bitlinear"));
     let multiplied = edited(ctx, "scale-multiplied", &multiplied, &tokens)?;
     let seen = edited(ctx, "scale-divided", &divided, &tokens)?;
-    super::support::same_logits(ctx, "logits of bitlinear with reciprocal scales", &seen, &multiplied);
+    super::support::same_logits(
+        ctx,
+        crate::invariance::Axis::Chunking,
+        "logits of bitlinear with reciprocal scales",
+        &seen,
+        &multiplied,
+    );
     linear_class(&mut divided, None);
     let by_default = edited(ctx, "scale-divided-by-default", &divided, &tokens)?;
     ctx.check_bits("logits with linear_class left out, which means bitlinear", &by_default, &seen);

@@ -4,7 +4,9 @@ use super::support::{
     EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, logits_of, prompt, same_logits,
     try_forward,
 };
-use crate::case::{Applicability, Category, Check, CheckResult, Context, ModelSet};
+use crate::backend::Capability;
+use crate::case::{Category, Check, CheckResult, Context, ModelSet};
+use crate::invariance::Axis;
 use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache};
 
 const KV: Category = Category::KvCache;
@@ -17,6 +19,7 @@ pub(super) const CHECKS: &[Check] = &[
         "any split of a prompt into calls gives the logits of one call",
         chunked_is_whole,
     )
+    .tests(Axis::Chunking)
     .on(ModelSet::Every),
     Check::new(
         "KV-1",
@@ -25,9 +28,11 @@ pub(super) const CHECKS: &[Check] = &[
         "token by token over the whole context gives the logits of one call",
         long_decode_is_whole,
     )
+    .tests(Axis::Chunking)
     .on(ModelSet::Where(|f| f.max_positions <= 64)),
     Check::new("KV-1", "kv_cache/chunked_batch_is_whole", KV, "the same for a batch", chunked_batch_is_whole)
-        .needs(|c| if c.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }),
+        .needs(Capability::Batch)
+        .tests(Axis::Chunking),
     Check::new(
         "KV-2",
         "kv_cache/no_cache_no_memory",
@@ -86,7 +91,7 @@ pub(super) const CHECKS: &[Check] = &[
         "another batch size than the cache holds is an error and changes nothing",
         other_batch,
     )
-    .needs(|c| if c.batch { Applicability::Run } else { Applicability::Unsupported("one sequence at a time") }),
+    .needs(Capability::Batch),
     Check::new("KV-10", "kv_cache/two_caches", KV, "two caches on one engine do not see each other", two_caches),
 ];
 
@@ -110,7 +115,7 @@ fn chunked_is_whole(ctx: &mut Context<'_>) -> CheckResult {
             done += size;
             check_len(ctx, &format!("after {done} tokens in chunks {sizes:?}"), &cache, done);
         }
-        same_logits(ctx, format!("logits in chunks {sizes:?}"), &data, &whole.data);
+        same_logits(ctx, Axis::Chunking, format!("logits in chunks {sizes:?}"), &data, &whole.data);
     }
     Ok(())
 }
@@ -122,7 +127,7 @@ fn long_decode_is_whole(ctx: &mut Context<'_>) -> CheckResult {
     let whole = logits_of(engine.as_mut(), &tokens)?;
     let mut cache = KVCache::new(positions);
     let steps = chunked(engine.as_mut(), &tokens, &vec![1; positions], &mut cache)?;
-    same_logits(ctx, "logits token by token", &steps, &whole.data);
+    same_logits(ctx, Axis::Chunking, "logits token by token", &steps, &whole.data);
     check_len(ctx, "at the end", &cache, positions);
     Ok(())
 }
@@ -139,7 +144,7 @@ fn chunked_batch_is_whole(ctx: &mut Context<'_>) -> CheckResult {
         for row in 0..rows.len() {
             let expected: Vec<f32> = (done..done + size).flat_map(|t| whole.row(row, t).to_vec()).collect();
             let what = format!("logits of sequence {row}, positions {done}..{}", done + size);
-            same_logits(ctx, what, seen.sequence(row), &expected);
+            same_logits(ctx, Axis::Chunking, what, seen.sequence(row), &expected);
         }
         done += size;
         // Positions of each sequence, not of the batch together.
@@ -177,7 +182,7 @@ fn truncate_and_replay(ctx: &mut Context<'_>) -> CheckResult {
         check_len(ctx, &format!("after truncate({kept})"), &cache, kept);
         let rest = forward(engine.as_mut(), &[tokens[kept..].to_vec()], Some(&mut cache))?;
         let expected: Vec<f32> = (kept..10).flat_map(|t| straight.row(0, t).to_vec()).collect();
-        same_logits(ctx, format!("logits after truncate({kept})"), &rest.data, &expected);
+        same_logits(ctx, Axis::Chunking, format!("logits after truncate({kept})"), &rest.data, &expected);
     }
     Ok(())
 }
@@ -199,7 +204,7 @@ fn clear_and_reset(ctx: &mut Context<'_>) -> CheckResult {
     engine.reset()?;
     let mut after_reset = KVCache::new(8);
     let first = forward(engine.as_mut(), &[b[..2].to_vec()], Some(&mut after_reset))?;
-    same_logits(ctx, "positions start at 0 after reset()", &first.data, expected.prefix(0, 2));
+    same_logits(ctx, Axis::Chunking, "positions start at 0 after reset()", &first.data, expected.prefix(0, 2));
     Ok(())
 }
 
@@ -220,7 +225,13 @@ fn overflow(ctx: &mut Context<'_>) -> CheckResult {
         if filled < capacity {
             let rest = forward(engine.as_mut(), &[tokens[filled..capacity].to_vec()], Some(&mut cache))?;
             let expected: Vec<f32> = (filled..capacity).flat_map(|t| whole.row(0, t).to_vec()).collect();
-            same_logits(ctx, format!("logits of what does fit, after refusing {what}"), &rest.data, &expected);
+            same_logits(
+                ctx,
+                Axis::Chunking,
+                format!("logits of what does fit, after refusing {what}"),
+                &rest.data,
+                &expected,
+            );
             check_len(ctx, "when exactly full", &cache, capacity);
         }
     }
@@ -256,7 +267,7 @@ fn errors_change_nothing(ctx: &mut Context<'_>) -> CheckResult {
 
     let rest = forward(engine.as_mut(), &[tokens[3..].to_vec()], Some(&mut cache))?;
     let expected: Vec<f32> = (3..8).flat_map(|t| whole.row(0, t).to_vec()).collect();
-    same_logits(ctx, "logits after three refused calls", &rest.data, &expected);
+    same_logits(ctx, Axis::Chunking, "logits after three refused calls", &rest.data, &expected);
     Ok(())
 }
 
@@ -274,7 +285,7 @@ fn foreign_cache(ctx: &mut Context<'_>) -> CheckResult {
     check_len(ctx, "after the other model refused it", &cache, 4);
     let rest = forward(engine.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
     let expected: Vec<f32> = (4..6).flat_map(|t| whole.row(0, t).to_vec()).collect();
-    same_logits(ctx, "logits of the owner afterwards", &rest.data, &expected);
+    same_logits(ctx, Axis::Chunking, "logits of the owner afterwards", &rest.data, &expected);
 
     // Emptied, it belongs to nobody, and anybody may fill it.
     cache.clear();
@@ -304,7 +315,7 @@ fn last_position(ctx: &mut Context<'_>) -> CheckResult {
     let mut cache = KVCache::new(positions + 8);
     forward(engine.as_mut(), &[tokens[..positions - 1].to_vec()], Some(&mut cache))?;
     let last = forward(engine.as_mut(), &[vec![tokens[positions - 1]]], Some(&mut cache))?;
-    same_logits(ctx, "logits of the last position", &last.data, whole.last(0));
+    same_logits(ctx, Axis::Chunking, "logits of the last position", &last.data, whole.last(0));
     let result = try_forward(engine.as_mut(), &[vec![tokens[positions]]], Some(&mut cache))?;
     let name = "ForwardPassError::KVCacheError or InvalidInput";
     ctx.expect_error("a position beyond the context", result, too_long, name);
@@ -340,11 +351,17 @@ fn other_batch(ctx: &mut Context<'_>) -> CheckResult {
     let seen = forward(engine.as_mut(), &rest, Some(&mut cache))?;
     for row in 0..2 {
         let expected: Vec<f32> = (3..5).flat_map(|t| whole.row(row, t).to_vec()).collect();
-        same_logits(ctx, format!("logits of sequence {row} after the mismatches"), seen.sequence(row), &expected);
+        same_logits(
+            ctx,
+            Axis::Chunking,
+            format!("logits of sequence {row} after the mismatches"),
+            seen.sequence(row),
+            &expected,
+        );
     }
     cache.clear();
     let alone = forward(engine.as_mut(), &[rows[0].clone()], Some(&mut cache))?;
-    same_logits(ctx, "one sequence in the cleared cache of two", &alone.data, whole.sequence(0));
+    same_logits(ctx, Axis::Chunking, "one sequence in the cleared cache of two", &alone.data, whole.sequence(0));
     Ok(())
 }
 

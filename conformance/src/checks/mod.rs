@@ -15,14 +15,18 @@ mod hostile;
 mod kv_cache;
 mod memory;
 mod numerics;
+pub mod probes;
+mod process;
 mod sampling;
 mod shape;
 mod sla;
+mod slope;
 mod stats;
 mod support;
 mod table;
 
 use crate::case::Check;
+pub(crate) use probes::run;
 
 /// Every check of the suite, in the order of the categories.
 pub fn all() -> Vec<Check> {

@@ -1,7 +1,9 @@
 //! `SPEC.md` and the checks say the same, both ways.
 
-use super::all;
+use super::{all, probes};
+use crate::backend::Capability;
 use crate::case::Category;
+use crate::invariance::Axis;
 use std::collections::{BTreeMap, BTreeSet};
 
 const SPEC: &str = include_str!("../../SPEC.md");
@@ -24,6 +26,9 @@ fn every_requirement_lists_exactly_the_checks_that_test_it() {
     let mut tested: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     for check in all() {
         tested.entry(check.id).or_default().insert(check.name.to_string());
+    }
+    for probe in probes::ALL {
+        tested.entry(probe.id).or_default().insert(probe.name.to_string());
     }
     let mut listed: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     for (number, cells) in requirements() {
@@ -50,4 +55,23 @@ fn names_are_unique_and_begin_with_their_category() {
 fn every_category_has_checks() {
     let present: BTreeSet<Category> = all().iter().map(|c| c.category).collect();
     assert_eq!(present, Category::ALL.into_iter().collect());
+}
+
+#[test]
+fn every_capability_has_its_probe() {
+    for capability in Capability::ALL {
+        let found = probes::ALL.iter().filter(|probe| probe.capability == capability).count();
+        assert_eq!(found, 1, "{capability}");
+    }
+}
+
+#[test]
+fn the_specification_names_the_requirements_that_test_each_axis() {
+    for axis in Axis::ALL {
+        let mut tested: Vec<&str> = all().iter().filter(|c| c.axis == Some(axis)).map(|c| c.id).collect();
+        tested.dedup();
+        let row = SPEC.lines().find(|line| line.starts_with(&format!("| {axis} |"))).expect("a row of the table");
+        let listed = row.trim_end_matches('|').rsplit('|').next().unwrap_or_default().trim();
+        assert_eq!(listed, tested.join(", "), "{axis}");
+    }
 }

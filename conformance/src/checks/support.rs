@@ -2,6 +2,7 @@
 
 use crate::backend::{Noise, Semantics};
 use crate::case::{Context, Stop};
+use crate::invariance::{Axis, Level};
 use crate::model::ModelFacts;
 use crate::tolerance;
 use bitnet_contracts::{
@@ -149,7 +150,7 @@ pub(super) fn own_greedy(
     for _ in 0..steps {
         let logits = logits_of(engine, &tokens)?;
         let (token, margin) = super::stats::top_two(logits.last(0));
-        let clear = ctx.capabilities().bitwise || margin > own_margin(ctx, logits.last(0));
+        let clear = exact(ctx) || margin > own_margin(ctx, logits.last(0));
         out.push((token as u32, clear));
         tokens.push(token as u32);
     }
@@ -212,14 +213,31 @@ pub(super) fn other_token(facts: &ModelFacts, token: u32) -> u32 {
         .unwrap_or((token + 1) % vocab)
 }
 
-/// Asserts that a backend evaluated the same positions to the same logits by two ways that the contract calls equal:
-/// bit for bit where it claims that, else within what its arithmetic can be held to.
+/// Asserts that a backend evaluated the same positions to the same logits by two ways that differ along an axis, as
+/// exactly as it claims: bit for bit, or within what its arithmetic can be held to, with or without the same top-1.
 #[track_caller]
-pub(super) fn same_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], expected: &[f32]) -> bool {
-    let capabilities = ctx.capabilities();
-    if capabilities.bitwise {
-        return ctx.check_bits(what, seen, expected);
+pub(super) fn same_logits(
+    ctx: &mut Context<'_>,
+    axis: Axis,
+    what: impl Display,
+    seen: &[f32],
+    expected: &[f32],
+) -> bool {
+    match ctx.level(axis) {
+        Level::Bitwise => ctx.check_bits(what, seen, expected),
+        Level::ArgmaxStable => {
+            let what = what.to_string();
+            let near = near_logits(ctx, &what, seen, expected);
+            same_top(ctx, &what, seen, expected) && near
+        }
+        Level::Statistical => near_logits(ctx, what, seen, expected),
     }
+}
+
+/// Asserts that two evaluations of the same positions agree within the noise that the backend declares.
+#[track_caller]
+fn near_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], expected: &[f32]) -> bool {
+    let capabilities = ctx.capabilities();
     if (capabilities.semantics, capabilities.noise) == (Semantics::Fp32, Noise::F32) {
         return ctx.check_close_within(what, seen, expected, reach(expected), &tolerance::FP32_SELF);
     }
@@ -235,11 +253,33 @@ pub(super) fn same_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32
     ctx.check_within(what, 1.0 - worst, &tolerance::COARSE_CORRELATION)
 }
 
-/// Asserts that two greedy continuations of a prompt agree: exactly, where the backend claims bit-exactness; else up to
+/// Asserts that every row has the same most likely token, where that leads by more than the backend's own noise.
+#[track_caller]
+fn same_top(ctx: &mut Context<'_>, what: &str, seen: &[f32], expected: &[f32]) -> bool {
+    let vocab = ctx.facts().vocab_size.max(1);
+    let mut rows = super::stats::Rows::default();
+    rows.add(seen, expected, vocab);
+    check_lost(ctx, what, &rows, reach(expected))
+}
+
+/// Holds the largest lead that a row's first token has where another one was seen to the backend's own noise.
+#[track_caller]
+pub(super) fn check_lost(ctx: &mut Context<'_>, what: &str, rows: &super::stats::Rows, reach: f64) -> bool {
+    let (row, lost) = rows.worst(|r| r.lost_margin, |a, b| a > b);
+    let what = format!("{what}: lead of the first token where another was seen (row {row} of {})", rows.len());
+    match (ctx.capabilities().semantics, ctx.capabilities().noise) {
+        // Each of the two logits may be off by the tolerance.
+        (Semantics::Fp32, Noise::F32) => ctx.check_within(what, lost / (2.0 * reach), &tolerance::FP32_LOGIT),
+        _ => ctx.check_within(what, lost, &tolerance::A8_MARGIN),
+    }
+}
+
+/// Asserts that two greedy continuations of a prompt agree as far as the backend claims along an axis: exactly, or up to
 /// the first step at which its own logits leave the choice to rounding.
 #[track_caller]
 pub(super) fn same_greedy(
     ctx: &mut Context<'_>,
+    axis: Axis,
     what: impl Display,
     engine: &mut dyn BitNetInference,
     prompt: &[u32],
@@ -247,7 +287,7 @@ pub(super) fn same_greedy(
     expected: &[u32],
 ) -> Result<bool, Stop> {
     let first = seen.iter().zip(expected).position(|(s, e)| s != e);
-    if let (false, Some(step)) = (ctx.capabilities().bitwise, first) {
+    if let (false, Some(step)) = (ctx.level(axis) == Level::Bitwise, first) {
         let mut tokens = prompt.to_vec();
         tokens.extend(&expected[..step]);
         let logits = logits_of(engine, &tokens)?;
@@ -260,12 +300,17 @@ pub(super) fn same_greedy(
     Ok(ctx.check_slices(what, seen, expected))
 }
 
+/// Whether a generation's logits are those of one whole call, bit for bit.
+pub(super) fn exact(ctx: &Context<'_>) -> bool {
+    ctx.level(Axis::Chunking) == Level::Bitwise
+}
+
 /// The largest magnitude of a list of logits: the unit of errors that grow with them.
 pub(super) fn reach(logits: &[f32]) -> f64 {
     logits.iter().fold(0.0, |m, &x| m.max(f64::from(x).abs()))
 }
 
-/// How far apart the two largest logits of a row must be for the backend's own noise not to swap them.
+/// How far apart the two largest logits of a row, or of the rows given, must be for the backend's own noise not to swap them.
 pub(super) fn own_margin(ctx: &Context<'_>, row: &[f32]) -> f64 {
     match (ctx.capabilities().semantics, ctx.capabilities().noise) {
         // Each of the two may be off by its tolerance.

@@ -48,7 +48,7 @@ impl Environment {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn instruction_sets() -> Vec<&'static str> {
+pub(crate) fn instruction_sets() -> Vec<&'static str> {
     let have = [
         ("sse4.1", std::is_x86_feature_detected!("sse4.1")),
         ("avx2", std::is_x86_feature_detected!("avx2")),
@@ -63,7 +63,7 @@ fn instruction_sets() -> Vec<&'static str> {
 }
 
 #[cfg(target_arch = "aarch64")]
-fn instruction_sets() -> Vec<&'static str> {
+pub(crate) fn instruction_sets() -> Vec<&'static str> {
     let have = [
         ("neon", std::arch::is_aarch64_feature_detected!("neon")),
         ("dotprod", std::arch::is_aarch64_feature_detected!("dotprod")),
@@ -74,6 +74,6 @@ fn instruction_sets() -> Vec<&'static str> {
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn instruction_sets() -> Vec<&'static str> {
+pub(crate) fn instruction_sets() -> Vec<&'static str> {
     Vec::new()
 }

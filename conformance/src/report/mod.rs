@@ -1,6 +1,7 @@
 //! What a run found, in the forms people and pipelines read.
 
 pub mod environment;
+pub mod invariance;
 pub mod json;
 pub mod junit;
 pub mod terminal;
@@ -8,7 +9,9 @@ pub mod terminal;
 pub use environment::Environment;
 
 use crate::backend::Capabilities;
+use crate::invariance::Summary;
 use crate::suite::Case;
+use crate::tolerance::STATISTICAL_ASSERTIONS;
 use crate::verdict::{CaseResult, Verdict};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -33,6 +36,13 @@ pub struct Report {
     pub environment: Environment,
     /// What each backend declared.
     pub backends: BTreeMap<String, Capabilities>,
+    /// What became of each backend's claims of invariance.
+    #[serde(default)]
+    pub invariance: BTreeMap<String, Summary>,
+    /// What is wrong with the run although no case says so: stale expectations, a budget that is spent. A run with
+    /// findings has failed.
+    #[serde(default)]
+    pub findings: Vec<String>,
     /// Sums over the cases.
     pub totals: Totals,
     /// The cases, by backend, model and check.
@@ -81,16 +91,30 @@ impl Totals {
 impl Report {
     /// The report of the cases that ran.
     pub fn new(ran: &[Case], cases: Vec<CaseResult>, started: SystemTime, duration: Duration) -> Self {
+        let backends: BTreeMap<String, Capabilities> =
+            ran.iter().map(|c| (c.backend.name().to_string(), c.backend.capabilities())).collect();
+        let checks = crate::checks::all();
+        let of = |backend: &str| cases.iter().filter(|c| c.backend == backend).collect::<Vec<_>>();
         Self {
             schema_version: SCHEMA_VERSION,
             suite_version: env!("CARGO_PKG_VERSION").to_string(),
             started_unix_s: started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             duration_s: duration.as_secs_f64(),
             environment: Environment::current(),
-            backends: ran.iter().map(|c| (c.backend.name().to_string(), c.backend.capabilities())).collect(),
+            invariance: backends
+                .iter()
+                .map(|(name, capabilities)| (name.clone(), Summary::of(capabilities, &checks, &of(name))))
+                .collect(),
+            findings: backends.keys().filter_map(|name| overspent(name, &of(name))).collect(),
+            backends,
             totals: Totals::of(&cases),
             cases,
         }
+    }
+
+    /// Whether every case is good, at least one passed, and nothing is wrong with the run as a whole.
+    pub fn is_green(&self) -> bool {
+        self.totals.is_green() && self.findings.is_empty()
     }
 
     /// The names of the backends that ran, in the order of the cases.
@@ -111,4 +135,15 @@ impl Report {
             outcome.measurements.get(key).or_else(|| outcome.timings.get(key)).copied()
         })
     }
+}
+
+/// A finding where the statistical assertions of a backend are more than the run's budget for false alarms is shared by.
+fn overspent(backend: &str, cases: &[&CaseResult]) -> Option<String> {
+    let count: u64 = cases.iter().map(|c| c.outcome.statistical).sum();
+    let text = || {
+        format!(
+            "{backend}: {count} statistical assertions, and the budget for false alarms is shared by at most {STATISTICAL_ASSERTIONS}"
+        )
+    };
+    (count > STATISTICAL_ASSERTIONS).then(text)
 }

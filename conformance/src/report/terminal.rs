@@ -37,8 +37,12 @@ pub fn render(report: &Report, style: &Style) -> String {
         text.push_str(&failure(case, style));
         text.push('\n');
     }
+    for finding in &report.findings {
+        let _ = writeln!(text, "FINDING  {finding}");
+    }
     text.push_str(&unsupported(report));
     text.push_str(&totals(&report.totals, report.duration_s));
+    text.push_str(&invariance(report, style));
     text.push_str(&service_levels(report, style));
     text
 }
@@ -161,7 +165,7 @@ pub fn shell_quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
-/// Which declared absences kept cases from running, one line a reason.
+/// Which declared absences were probed in place of a check, one line a reason.
 fn unsupported(report: &Report) -> String {
     let mut reasons: Vec<(&str, &str, u64)> = Vec::new();
     for case in report.cases.iter().filter(|c| c.outcome.verdict == Verdict::Unsupported) {
@@ -201,6 +205,20 @@ fn grouped(number: u64) -> String {
         text.push(digit);
     }
     text
+}
+
+/// What each backend claims leaves its results as they are, and whether that held.
+fn invariance(report: &Report, style: &Style) -> String {
+    let rows = super::invariance::rows(report);
+    if rows.is_empty() {
+        return String::new();
+    }
+    let mut table = new_table(style);
+    table.set_header(std::iter::once("invariance").chain(report.backend_names()));
+    for row in rows {
+        table.add_row(row);
+    }
+    format!("\n{table}\n")
 }
 
 /// One line of the service-level table.

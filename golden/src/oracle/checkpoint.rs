@@ -71,10 +71,13 @@ pub(super) struct Quantization {
 }
 
 /// A ternary matrix of shape [out, in]: trits, and the factor that every product is multiplied by.
-pub(super) struct Linear {
-    pub(super) inputs: usize,
-    pub(super) trits: Vec<i8>,
-    pub(super) scale: f64,
+pub struct Linear {
+    /// Columns: the length of an input.
+    pub inputs: usize,
+    /// Row-major, each -1, 0 or 1.
+    pub trits: Vec<i8>,
+    /// What every product is multiplied by.
+    pub scale: f64,
 }
 
 impl Linear {

@@ -1,7 +1,8 @@
 //! The project's own backends, registered for the command line and for `cargo test`. The suite's library never sees
 //! them.
 
-use bitnet_contracts::{BitNetInference, QuantizationType, Result, ThreadSafeInference};
+use bitnet_contracts::{BitNetInference, ConfigurationError, QuantizationType, Result, ThreadSafeInference};
+use bitnet_engine::kernels::Isa;
 use bitnet_engine::reference::{CandleFp32, NdarrayFp32};
 use bitnet_engine::{CpuEngine, EngineOptions};
 use conformance::{BackendFactory, Capabilities, CreateOptions, ModelFixture, Registry, Semantics};
@@ -12,12 +13,19 @@ pub fn registry() -> Registry {
     Registry::new().with(Cpu).with(Candle).with(Ndarray)
 }
 
-fn engine_options(options: &CreateOptions) -> EngineOptions {
+fn engine_options(options: &CreateOptions) -> Result<EngineOptions> {
     let mut engine = EngineOptions::default();
     engine.threads = options.threads;
+    engine.isa = options.isa.as_deref().map(str::parse).transpose()?;
     engine.output_attentions = options.output_attentions;
     engine.output_hidden_states = options.output_hidden_states;
-    engine
+    Ok(engine)
+}
+
+/// Refuses an option that a backend takes and makes nothing of.
+fn refuse(option: &str, asked: bool) -> Result<()> {
+    let reason = format!("this backend has no choice of {option}");
+    if asked { Err(ConfigurationError::IncompatibleConfig { reason }.into()) } else { Ok(()) }
 }
 
 /// The engine: integer arithmetic on packed ternary weights.
@@ -37,6 +45,7 @@ impl BackendFactory for Cpu {
             .with_tokenizer()
             .with_batch()
             .with_bitwise()
+            .with_instruction_sets(Isa::available().into_iter().map(Isa::name))
             .with_quantization(&[QuantizationType::I2S])
     }
 
@@ -45,7 +54,7 @@ impl BackendFactory for Cpu {
     }
 
     fn create_with(&self, model: &ModelFixture, options: &CreateOptions) -> Result<Box<dyn BitNetInference>> {
-        Ok(Box::new(CpuEngine::load(model.dir(), &engine_options(options))?))
+        Ok(Box::new(CpuEngine::load(model.dir(), &engine_options(options)?)?))
     }
 
     fn create_thread_safe(&self, model: &ModelFixture) -> Option<Result<Arc<dyn ThreadSafeInference>>> {
@@ -82,7 +91,8 @@ impl BackendFactory for Candle {
     }
 
     fn create_with(&self, model: &ModelFixture, options: &CreateOptions) -> Result<Box<dyn BitNetInference>> {
-        Ok(Box::new(CandleFp32::load(model.dir(), &engine_options(options))?))
+        refuse("instruction sets", options.isa.is_some())?;
+        Ok(Box::new(CandleFp32::load(model.dir(), &engine_options(options)?)?))
     }
 
     fn create_thread_safe(&self, model: &ModelFixture) -> Option<Result<Arc<dyn ThreadSafeInference>>> {
@@ -108,7 +118,9 @@ impl BackendFactory for Ndarray {
     }
 
     fn create_with(&self, model: &ModelFixture, options: &CreateOptions) -> Result<Box<dyn BitNetInference>> {
-        Ok(Box::new(NdarrayFp32::load(model.dir(), &engine_options(options))?))
+        refuse("instruction sets", options.isa.is_some())?;
+        refuse("threads", options.threads.is_some())?;
+        Ok(Box::new(NdarrayFp32::load(model.dir(), &engine_options(options)?)?))
     }
 
     fn create_thread_safe(&self, model: &ModelFixture) -> Option<Result<Arc<dyn ThreadSafeInference>>> {

@@ -1,0 +1,101 @@
+//! The caller's stopwatch, and what the machine did to it: the time of a fixed piece of work beside every measurement,
+//! and the time for which the process had work and no processor.
+
+use super::decide::{Sample, percentile};
+use crate::case::Context;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Milliseconds, exactly.
+pub(super) fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// A stopwatch for samples that share one limit.
+pub(super) struct Stopwatch {
+    limit: f64,
+    /// Whether waiting for a processor is looked up: from the first sample beyond the limit on, for it costs time.
+    watching: bool,
+    spins: Vec<f64>,
+}
+
+impl Stopwatch {
+    /// A stopwatch for samples that should be at most `limit` milliseconds.
+    pub(super) fn new(limit: f64) -> Self {
+        Self { limit, watching: false, spins: Vec::new() }
+    }
+
+    /// Times `work`, in milliseconds for each of its `units`, beside a fixed piece of work.
+    pub(super) fn time<T>(&mut self, units: usize, work: impl FnOnce() -> T) -> (T, Sample) {
+        self.spins.push(spin());
+        let before = if self.watching { waits() } else { BTreeMap::new() };
+        let clock = Instant::now();
+        let made = work();
+        let wall = millis(clock.elapsed());
+        let withheld = if self.watching { longest_wait(&before, &waits()) } else { 0.0 };
+        let units = units.max(1) as f64;
+        let sample = Sample { wall: wall / units, own: (wall - withheld).max(0.0) / units };
+        self.watching |= sample.wall > self.limit;
+        (made, sample)
+    }
+
+    /// Notes the machine's noise in the report: how long the fixed work took, and how far its slow end is from that.
+    pub(super) fn report(&self, ctx: &mut Context<'_>) {
+        let median = percentile(&self.spins, 0.5);
+        if median > 0.0 {
+            ctx.timing("noise_median_ms", median);
+            ctx.timing("noise_p95_over_median", percentile(&self.spins, 0.95) / median);
+        }
+    }
+}
+
+/// The fixed piece of work: a chain of multiplications that no processor can shorten. Some tens of microseconds.
+fn spin() -> f64 {
+    let clock = Instant::now();
+    let mut state = std::hint::black_box(1u64);
+    for _ in 0..10_000 {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+    }
+    std::hint::black_box(state);
+    millis(clock.elapsed())
+}
+
+/// Milliseconds that each thread of this process has waited for a processor so far; nothing where Linux does not say.
+fn waits() -> BTreeMap<std::ffi::OsString, f64> {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return BTreeMap::new() };
+    tasks
+        .flatten()
+        .filter_map(|task| {
+            let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
+            let nanoseconds: f64 = text.split_whitespace().nth(1)?.parse().ok()?;
+            Some((task.file_name(), nanoseconds / 1e6))
+        })
+        .collect()
+}
+
+/// The longest that one thread waited between two readings.
+fn longest_wait(before: &BTreeMap<std::ffi::OsString, f64>, after: &BTreeMap<std::ffi::OsString, f64>) -> f64 {
+    after.iter().map(|(task, wait)| wait - before.get(task).unwrap_or(&0.0)).fold(0.0, f64::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sleep_is_not_taken_for_a_want_of_processors() {
+        let mut watch = Stopwatch::new(1.0);
+        let nap = || std::thread::sleep(Duration::from_millis(20));
+        watch.time(1, nap);
+        assert!(watch.watching);
+        let ((), sample) = watch.time(2, nap);
+        assert!(sample.wall >= 10.0 && sample.own > sample.wall / 2.0, "{sample:?}");
+    }
+
+    #[test]
+    fn the_longest_wait_counts() {
+        let reading = |a: f64, b: f64| BTreeMap::from([("1".into(), a), ("2".into(), b)]);
+        assert_eq!(longest_wait(&reading(1.0, 2.0), &reading(4.0, 2.5)), 3.0);
+        assert_eq!(longest_wait(&BTreeMap::new(), &BTreeMap::new()), 0.0);
+    }
+}

@@ -1,0 +1,120 @@
+//! `conformance prove`.
+
+use super::{Failure, print, progress_bar};
+use crate::backend::Registry;
+use crate::run::Runner;
+use crate::zoo::proof::Proof;
+use crate::zoo::prove::{Choice, run};
+use clap::Args;
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+#[derive(Debug, Args)]
+pub(super) struct ProveArgs {
+    /// A part of the name of a fault or honest variant; may be repeated. Default: all.
+    #[arg(long, value_name = "TEXT")]
+    backend: Vec<String>,
+    /// A part of the name of a check; may be repeated. Default: all.
+    #[arg(long, value_name = "TEXT")]
+    check: Vec<String>,
+    /// The name of a check to leave out, as if it did not exist; may be repeated.
+    #[arg(long, value_name = "CHECK")]
+    without: Vec<String>,
+    /// Write the proof as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Take the proof from a file instead of running it.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["backend", "check"])]
+    recorded: Option<PathBuf>,
+    /// Worker processes. Default: one a processor.
+    #[arg(long, value_name = "N")]
+    jobs: Option<std::num::NonZeroUsize>,
+}
+
+pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Failure> {
+    let begin = Instant::now();
+    let part = !args.backend.is_empty() || !args.check.is_empty();
+    let proof = match &args.recorded {
+        Some(path) => {
+            let proof: Proof = serde_json::from_str(&std::fs::read_to_string(path)?)?;
+            args.without.iter().fold(proof, |proof, check| proof.without(check))
+        }
+        None => {
+            let jobs =
+                args.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
+            let choice = Choice { backends: args.backend, checks: args.check, without: args.without };
+            let runner = Runner::new()?.ending_at_first_failure();
+            let bar = progress_bar(1);
+            let proof = run(&runner, registry, &choice, jobs, &|done, total| {
+                bar.set_length(total as u64);
+                bar.set_position(done as u64);
+            });
+            bar.finish_and_clear();
+            proof
+        }
+    };
+    if let Some(path) = &args.json {
+        std::fs::write(path, serde_json::to_string_pretty(&proof)? + "\n")?;
+    }
+    print(&summary(&proof, part));
+    print(&format!("{:.1} s\n", begin.elapsed().as_secs_f64()));
+    let good = if part { proof.survivors().is_empty() && proof.false_alarms().is_empty() } else { proof.holds() };
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// The kill matrix by fault, and everything that keeps the proof from holding. A part of a proof says nothing of checks
+/// that kill nothing.
+fn summary(proof: &Proof, part: bool) -> String {
+    let mut text = String::new();
+    for fault in &proof.faults {
+        let others = fault.kills.keys().filter(|k| **k != fault.killer).count();
+        let by = if fault.kills.contains_key(&fault.killer) { fault.killer.as_str() } else { "NOT its killer" };
+        let _ = match fault.kills.len() {
+            0 => writeln!(text, "SURVIVES  {} ({})", fault.name, fault.what),
+            1 => writeln!(text, "killed    {} by {by} alone", fault.name),
+            _ => writeln!(text, "killed    {} by {by} and {others} more: {}", fault.name, list(fault.kills.keys())),
+        };
+    }
+    for honest in &proof.honest {
+        let _ = writeln!(
+            text,
+            "{}    {}: {} passed, {} unsupported, {} blamed",
+            if honest.alarms.is_empty() { "honest" } else { "BLAMED" },
+            honest.name,
+            honest.passed,
+            honest.unsupported,
+            honest.alarms.len()
+        );
+        for (case, reason) in &honest.alarms {
+            let _ = writeln!(text, "  {case}: {reason}");
+        }
+    }
+    for fault in proof.missed_by_their_killer() {
+        let _ = writeln!(text, "MISSED    {} is not caught by {}, which is there for it", fault.name, fault.killer);
+    }
+    if !part {
+        for check in proof.idle_checks() {
+            let _ = writeln!(text, "IDLE      {check} catches nothing");
+        }
+        for check in proof.without_own_kill() {
+            let _ = writeln!(text, "SPARE     {check}: no fault is caught by it alone");
+        }
+    }
+    let _ = writeln!(
+        text,
+        "{} faults, {} survivors · {} honest backends, {} blamed · {} checks, {} without a kill of their own",
+        proof.faults.len(),
+        proof.survivors().len(),
+        proof.honest.len(),
+        proof.false_alarms().len(),
+        proof.checks.len(),
+        proof.without_own_kill().len()
+    );
+    text
+}
+
+fn list<'a>(names: impl Iterator<Item = &'a String>) -> String {
+    names.map(String::as_str).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,210 @@
+//! Runs the suite over both zoos and records who was caught by what.
+//!
+//! A fault is tried on each check until it is caught there: model after model, each case up to its first failed assertion.
+//! Honest backends run everything on more models and are judged as any backend is.
+
+use super::proof::{FaultRow, HonestRow, Proof};
+use super::{Fault, HonestVariant, faulty, honest};
+use crate::backend::{BackendFactory, Registry};
+use crate::case::{Check, ModelSet};
+use crate::model::Model;
+use crate::run::Runner;
+use crate::suite::Case;
+use crate::verdict::Verdict;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// The small model that stands for all: three layers, grouped heads, a head of its own, no size a power of two.
+pub const MAIN_MODEL: &str = "gqa2-untied-f32";
+
+/// What honest backends are tried on beside it: tied and 16-bit, another RoPE base, two end tokens, dividing scales.
+pub const MORE_MODELS: [&str; 3] = ["context-32", "rope-parameters-two-eos", "bitlinear-tied-bf16"];
+
+/// The longest that a case of a proof may take. What hangs is killed here, before its check's own deadline.
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What to prove.
+#[derive(Debug, Clone, Default)]
+pub struct Choice {
+    /// Parts of the names of faults and honest variants to try; empty for all.
+    pub backends: Vec<String>,
+    /// Parts of the names of checks to run; empty for all.
+    pub checks: Vec<String>,
+    /// Names of checks to leave out.
+    pub without: Vec<String>,
+}
+
+impl Choice {
+    fn takes_backend(&self, name: &str) -> bool {
+        self.backends.is_empty() || self.backends.iter().any(|part| name.contains(part.as_str()))
+    }
+
+    fn takes_check(&self, name: &str) -> bool {
+        let chosen = self.checks.is_empty() || self.checks.iter().any(|part| name.contains(part.as_str()));
+        chosen && !self.without.iter().any(|without| without == name)
+    }
+}
+
+/// One thing to do: a backend on a check, model after model.
+struct Task {
+    backend: Arc<dyn BackendFactory>,
+    check: Check,
+    models: Vec<Arc<Model>>,
+    /// The index of the fault, or of the honest variant.
+    of: Of,
+}
+
+#[derive(Clone, Copy)]
+enum Of {
+    Fault(usize),
+    Honest(usize),
+}
+
+/// The models that a check is tried on.
+fn models_for(check: &Check, extra: Option<&str>, honest: bool, all: &[Arc<Model>]) -> Vec<Arc<Model>> {
+    let named = |name: &str| all.iter().find(|m| m.name() == name).cloned();
+    let mut names: Vec<&str> = match check.models {
+        ModelSet::Only(name) => vec![name],
+        _ => extra
+            .into_iter()
+            .chain([MAIN_MODEL])
+            .chain(if honest { &MORE_MODELS[..] } else { &[] }.iter().copied())
+            .collect(),
+    };
+    names.dedup();
+    let mut models: Vec<Arc<Model>> =
+        names.into_iter().filter_map(named).filter(|m| check.models.takes(m, true)).collect();
+    if models.is_empty() {
+        models.extend(all.iter().filter(|m| check.models.takes(m, false)).take(1).cloned());
+    }
+    models
+}
+
+/// Runs the proof with up to `jobs` cases at once. `done` is told of each finished task and of how many there are.
+pub fn run(
+    runner: &Runner,
+    registry: &Registry,
+    choice: &Choice,
+    jobs: usize,
+    done: &(dyn Fn(usize, usize) + Sync),
+) -> Proof {
+    let all: Vec<Arc<Model>> = Model::built_in().into_iter().map(Arc::new).collect();
+    let checks: Vec<Check> = crate::checks::all().into_iter().filter(|c| choice.takes_check(c.name)).collect();
+    let faults: Vec<Fault> = faulty::all().into_iter().filter(|f| choice.takes_backend(&f.factory().name())).collect();
+    let variants: Vec<HonestVariant> =
+        honest::all().into_iter().filter(|v| choice.takes_backend(&v.factory().name())).collect();
+    let mut proof = Proof {
+        checks: checks.iter().map(|c| c.name.to_string()).collect(),
+        faults: faults.iter().map(fault_row).collect(),
+        honest: variants.iter().map(honest_row).collect(),
+    };
+    let mut tasks = Vec::new();
+    let mut add = |factory: Arc<dyn BackendFactory>, of: Of, extra: Option<&str>, only: Option<&[_]>| {
+        for check in checks.iter().filter(|c| only.is_none_or(|o| o.contains(&c.category))) {
+            let models = models_for(check, extra, matches!(of, Of::Honest(_)), &all);
+            tasks.push(Task { backend: factory.clone(), check: check.clone(), models, of });
+        }
+    };
+    for (i, fault) in faults.iter().enumerate() {
+        if let Ok(factory) = registry.get(&fault.factory().name) {
+            add(factory.clone(), Of::Fault(i), fault.model, fault.only);
+        }
+    }
+    for (i, variant) in variants.iter().enumerate() {
+        if let Ok(factory) = registry.get(&variant.factory().name) {
+            add(factory.clone(), Of::Honest(i), None, None);
+        }
+    }
+    // What must run alone comes last, one after another.
+    let (alone, beside): (Vec<Task>, Vec<Task>) = tasks.into_iter().partition(|t| t.check.exclusive);
+    let total = alone.len() + beside.len();
+    let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let shared = Mutex::new(&mut proof);
+    let one = |task: &Task| {
+        let found = attempt(runner, task);
+        let mut proof = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        record(&mut proof, task, found);
+        drop(proof);
+        done(finished.fetch_add(1, Ordering::Relaxed) + 1, total);
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.max(1) {
+            scope.spawn(|| {
+                while let Some(task) = beside.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    one(task);
+                }
+            });
+        }
+    });
+    alone.iter().for_each(one);
+    proof
+}
+
+fn fault_row(fault: &Fault) -> FaultRow {
+    FaultRow {
+        name: fault.name.to_string(),
+        class: fault.class.to_string(),
+        what: fault.what.to_string(),
+        source: fault.source.to_string(),
+        killer: fault.killer.to_string(),
+        kills: BTreeMap::new(),
+    }
+}
+
+fn honest_row(variant: &HonestVariant) -> HonestRow {
+    let (name, what) = (variant.name.to_string(), variant.what.to_string());
+    HonestRow { name, what, passed: 0, unsupported: 0, alarms: BTreeMap::new() }
+}
+
+/// The outcomes of one task: case id, verdict, and the reason where it is not good.
+type Found = Vec<(String, Verdict, String)>;
+
+fn attempt(runner: &Runner, task: &Task) -> Found {
+    let capabilities = task.backend.capabilities();
+    let lacks = task.check.needs.filter(|needed| !capabilities.has(*needed));
+    let mut found = Vec::new();
+    for model in &task.models {
+        let mut check = task.check.clone();
+        check.deadline = Some(check.deadline.map_or(DEADLINE, |d| d.min(DEADLINE)));
+        let id = check.case_id(task.backend.name(), model.name());
+        let case = Case { id, backend: task.backend.clone(), model: model.clone(), check, lacks };
+        let result = runner.run(&case);
+        let outcome = result.outcome;
+        let failure = outcome.failures.first().map(|f| format!("expected {}, seen {} ({})", f.expected, f.seen, f.at));
+        let reason = outcome.reason.into_iter().chain(failure).collect::<Vec<_>>().join("; ");
+        let caught = matches!(task.of, Of::Fault(_)) && is_kill(outcome.verdict);
+        found.push((result.id, outcome.verdict, reason));
+        if caught {
+            break;
+        }
+    }
+    found
+}
+
+/// Whether a verdict says that something is wrong with the backend. What could not be decided is no accusation.
+fn is_kill(verdict: Verdict) -> bool {
+    matches!(verdict, Verdict::Fail | Verdict::Crash | Verdict::Timeout | Verdict::UnexpectedPass)
+}
+
+fn record(proof: &mut Proof, task: &Task, found: Found) {
+    for (id, verdict, reason) in found {
+        match task.of {
+            Of::Fault(i) if is_kill(verdict) => {
+                proof.faults[i].kills.insert(task.check.name.to_string(), verdict);
+            }
+            Of::Fault(_) => {}
+            Of::Honest(i) => {
+                let row = &mut proof.honest[i];
+                match verdict {
+                    Verdict::Pass => row.passed += 1,
+                    Verdict::Unsupported => row.unsupported += 1,
+                    _ => {
+                        row.alarms.insert(id, format!("{verdict}: {reason}"));
+                    }
+                }
+            }
+        }
+    }
+}
