@@ -5,7 +5,7 @@
 //! check goes on unless it asks to stop (`?` on [`Context::require`] or on an engine's result). A check that comes back
 //! without a single assertion is inconclusive, never passed.
 
-pub use crate::context::{Context, MAX_FAILURES};
+pub use crate::context::{CLOCK_ERROR, Context, MAX_FAILURES};
 
 use crate::backend::Capability;
 use crate::invariance::Axis;
@@ -109,7 +109,8 @@ pub enum ModelSet {
     Any,
     /// The check holds for every model, and a default run tries it on every built-in one.
     Every,
-    /// Every model that has golden data.
+    /// Every model that has golden data, and each model that the user names if the oracle can make it some
+    /// ([`ModelFacts::within_the_oracle`]).
     Golden,
     /// One built-in model, whose facts the check knows by heart.
     Only(&'static str),
@@ -124,7 +125,7 @@ impl ModelSet {
         match self {
             Self::Any => chosen || model.name() == TINY,
             Self::Every => true,
-            Self::Golden => model.golden().is_some(),
+            Self::Golden => model.golden().is_some() || chosen && model.facts().within_the_oracle(),
             Self::Only(name) => model.name() == *name && !model.is_folder(),
             Self::Where(fits) => fits(model.facts()),
         }

@@ -3,6 +3,7 @@
 mod prove;
 
 use crate::backend::Registry;
+use crate::calibrate::{CalibrateArgs, calibrate};
 use crate::expectations::Expectations;
 use crate::gates::Thresholds;
 use crate::report::json::ReportError;
@@ -40,6 +41,8 @@ enum Command {
     List(ListArgs),
     /// Hold a JSON report against thresholds.
     Gate(GateArgs),
+    /// Measure the worst honest and the nearest faulty error of every tolerance.
+    Calibrate(CalibrateArgs),
     /// Hold the suite against backends that must be caught and backends that must pass.
     Prove(prove::ProveArgs),
     /// Show a JSON report, or turn it into other forms.
@@ -173,6 +176,7 @@ pub fn main(registry: Registry) -> ExitCode {
             Command::Run(args) => run(&suite_of(&args.choice)?, args),
             Command::List(args) => list(&suite_of(&args.choice)?, args),
             Command::Gate(args) => gate(&args),
+            Command::Calibrate(args) => calibrate(&suite, &args, &progress_bar(0)),
             Command::Prove(args) => prove::prove(&everybody, args),
             Command::Report(args) => report(&args),
             Command::Diff(args) => compare(&args),

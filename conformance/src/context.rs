@@ -7,7 +7,7 @@ use crate::model::{ModelFacts, ModelFixture};
 use crate::tolerance::Tolerance;
 use crate::verdict::{Failure, Outcome, Verdict};
 use bitnet_contracts::{BitNetInference, InferenceError, ThreadSafeInference};
-use golden::Golden;
+use golden::{Golden, GoldenError};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{Debug, Display};
 use std::panic::Location;
@@ -137,17 +137,24 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// The golden data of this model, loaded once per process.
+    /// The golden data of this model: what is committed for it, or else what the oracle makes of its weights. Loaded or
+    /// made once per process.
     ///
     /// # Errors
-    /// Inconclusive where the model has none or it cannot be read: a golden check without golden data decides nothing.
+    /// Inconclusive where it cannot be read, or the model is too large for the oracle or not covered by it: a golden
+    /// check without golden data decides nothing.
     pub fn golden(&self) -> Result<Arc<Golden>, Stop> {
-        let case = self
-            .model
-            .golden
-            .as_deref()
-            .ok_or_else(|| Stop::Inconclusive(format!("model {} has no golden data", self.model.name())))?;
-        let golden = load_golden(case)?;
+        let Some(case) = self.model.golden.as_deref() else {
+            if !self.facts().within_the_oracle() {
+                let name = self.model.name();
+                return Err(Stop::Inconclusive(format!(
+                    "model {name} has no golden data and is too large to make some"
+                )));
+            }
+            let dir = self.model.dir();
+            return load_golden(&dir.to_string_lossy(), || golden::from_folder(self.model.name(), dir));
+        };
+        let golden = load_golden(case, || golden::load(case))?;
         match &self.model.weights_sha256 {
             Some(hash) if *hash != golden.model_sha256 => Err(Stop::Inconclusive(format!(
                 "golden case {case} was made from weights {}, and the model has {hash}",
@@ -512,14 +519,15 @@ fn clip(text: String) -> String {
     format!("{} … ({} bytes more)", &text[..end], text.len() - end)
 }
 
-fn load_golden(case: &str) -> Result<Arc<Golden>, Stop> {
+/// Golden data by its key: the name of a case or a folder, which nobody writes to while the process lives.
+fn load_golden(key: &str, load: impl FnOnce() -> Result<Golden, GoldenError>) -> Result<Arc<Golden>, Stop> {
     static LOADED: OnceLock<Mutex<HashMap<String, Arc<Golden>>>> = OnceLock::new();
     let loaded = LOADED.get_or_init(Mutex::default);
     let mut loaded = loaded.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(golden) = loaded.get(case) {
+    if let Some(golden) = loaded.get(key) {
         return Ok(golden.clone());
     }
-    let golden = Arc::new(golden::load(case)?);
-    loaded.insert(case.to_string(), golden.clone());
+    let golden = Arc::new(load()?);
+    loaded.insert(key.to_string(), golden.clone());
     Ok(golden)
 }

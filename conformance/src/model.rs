@@ -61,6 +61,25 @@ pub struct PromptShape {
     pub longest: Option<usize>,
 }
 
+impl ModelFacts {
+    /// Weights of all kinds; saturates for sizes that no model has.
+    pub fn parameters(&self) -> u64 {
+        let times = |a: usize, b: usize| (a as u64).saturating_mul(b as u64);
+        let (hidden, ffn, kv) = (self.hidden_size, self.intermediate_size, self.kv_heads.saturating_mul(self.head_dim));
+        let attention = times(hidden, hidden.saturating_add(kv)).saturating_mul(2);
+        let layer = attention.saturating_add(times(hidden, ffn).saturating_mul(3)).saturating_add(ffn as u64);
+        let tables = times(self.vocab_size, hidden).saturating_mul(if self.tied { 1 } else { 2 });
+        layer.saturating_mul(self.layers as u64).saturating_add(tables)
+    }
+
+    /// Whether the oracle evaluates the model's standard prompts in seconds ([`golden::MAX_WORK`]), so that a model
+    /// without committed golden data can be given some.
+    pub fn within_the_oracle(&self) -> bool {
+        let positions = golden::standard_work(self.vocab_size, self.max_positions);
+        self.parameters().saturating_mul(positions) <= golden::MAX_WORK
+    }
+}
+
 /// A model in a folder on disk, in the Hugging Face layout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -401,6 +420,33 @@ mod tests {
         let unique: std::collections::BTreeSet<&String> = names.iter().collect();
         assert_eq!(unique.len(), names.len());
         assert_eq!(names[0], TINY);
+    }
+
+    #[test]
+    fn the_oracle_takes_small_models_only() {
+        let facts = |name| Model::built_in().into_iter().find(|m| m.name() == name).expect("built in").facts().clone();
+        let tiny = facts(TINY);
+        assert!(tiny.within_the_oracle() && facts("gqa4-tied-f16").within_the_oracle());
+        let large = ModelFacts { hidden_size: 2560, intermediate_size: 6912, layers: 30, vocab_size: 128_256, ..tiny };
+        assert!(!large.within_the_oracle());
+        assert!(!ModelFacts { hidden_size: usize::MAX, ..large }.within_the_oracle());
+    }
+
+    #[test]
+    fn parameters_are_those_in_the_file() {
+        let model = fixtures::preset("gqa2-untied-f32", PRESET_SEED).expect("preset");
+        let facts = parse_facts(model.config_json(), false).expect("config");
+        let file = safetensors::SafeTensors::deserialize(model.weights()).expect("weights");
+        let trits = |name: &str| name.ends_with("proj.weight");
+        let counted: usize = file
+            .tensors()
+            .iter()
+            .filter(|(name, _)| !name.ends_with("weight_scale"))
+            .map(|(name, view)| view.shape().iter().product::<usize>() * if trits(name) { 4 } else { 1 })
+            .sum();
+        // Of the norms only the widest is counted: the rest is a few thousandths.
+        let off = facts.parameters().abs_diff(counted as u64) as f64 / counted as f64;
+        assert!(off < 0.01, "{} for {counted}", facts.parameters());
     }
 
     #[test]

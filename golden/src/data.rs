@@ -207,11 +207,24 @@ impl Golden {
         model_sha256: String,
         files: [&[u8]; 2],
     ) -> Result<Self, GoldenError> {
+        let parse = |(derivation, bytes): (Derivation, &[u8])| {
+            Ok((derivation, GoldenFile::parse(&file_name(spec, derivation), bytes)?))
+        };
+        let files = Derivation::ALL.into_iter().zip(files).map(parse).collect::<Result<Vec<_>, GoldenError>>()?;
+        Self::from_files(spec, new_tokens, model_sha256, files)
+    }
+
+    /// The same from files in memory, of one derivation or of both.
+    pub(crate) fn from_files(
+        spec: &CaseSpec,
+        new_tokens: usize,
+        model_sha256: String,
+        files: Vec<(Derivation, GoldenFile)>,
+    ) -> Result<Self, GoldenError> {
         let mut prompts: Vec<Prompt> = Vec::new();
         let mut tensors = BTreeMap::new();
-        for (derivation, bytes) in Derivation::ALL.into_iter().zip(files) {
-            let name = format!("{}/{}.safetensors", spec.case, derivation.name());
-            let file = GoldenFile::parse(&name, bytes)?;
+        for (derivation, file) in files {
+            let name = file_name(spec, derivation);
             for (i, prompt) in spec.prompts.iter().enumerate() {
                 if prompts.len() <= i {
                     prompts.push(Prompt::new(prompt));
@@ -228,10 +241,21 @@ impl Golden {
         Ok(Golden { case: spec.case.clone(), model_sha256, prompts, trace })
     }
 
+    /// The derivation that backends are held to: transformers where it is there, else the oracle.
+    pub fn derivation(&self) -> Derivation {
+        let has = |d| self.prompts.iter().all(|p| !p.logits(Semantics::Fp32, d).is_empty());
+        if has(Derivation::Transformers) { Derivation::Transformers } else { Derivation::Oracle }
+    }
+
     /// The prompt of this name.
     pub fn prompt(&self, name: &str) -> Option<&Prompt> {
         self.prompts.iter().find(|p| p.name == name)
     }
+}
+
+/// What errors call the file of a case.
+fn file_name(spec: &CaseSpec, derivation: Derivation) -> String {
+    format!("{}/{}.safetensors", spec.case, derivation.name())
 }
 
 impl Prompt {

@@ -27,6 +27,16 @@ pub(crate) fn derive(
     let fixture = case.model()?;
     let shards: Vec<&[u8]> = fixture.weight_files().map(|(_, bytes)| bytes).collect();
     let oracle = Oracle::from_shards(fixture.config_json(), &shards).map_err(GoldenError::oracle(&case.case))?;
+    derive_by(&oracle, case, new_tokens, progress)
+}
+
+/// The same of a model that is read already.
+pub(crate) fn derive_by(
+    oracle: &Oracle,
+    case: &CaseSpec,
+    new_tokens: usize,
+    progress: &mut dyn FnMut(),
+) -> Result<GoldenFile, GoldenError> {
     let mut file = GoldenFile { made_by: made_by(), ..GoldenFile::default() };
     for prompt in &case.prompts {
         let ids = prompt.input_ids.iter().flatten().map(|&id| i64::from(id)).collect();
@@ -34,9 +44,9 @@ pub(crate) fn derive(
         let steps = new_tokens.min(oracle.context().saturating_sub(prompt.seq()));
         for semantics in Semantics::ALL {
             let traced = prompt.name == case.trace;
-            let results = prompt.input_ids.iter().map(|ids| evaluate(&oracle, ids, semantics, steps, traced, progress));
+            let results = prompt.input_ids.iter().map(|ids| evaluate(oracle, ids, semantics, steps, traced, progress));
             let results = results.collect::<Result<Vec<_>, _>>().map_err(GoldenError::oracle(&case.case))?;
-            write(&mut file, prompt, semantics, &oracle, steps, results);
+            write(&mut file, prompt, semantics, oracle, steps, results);
         }
     }
     Ok(file)

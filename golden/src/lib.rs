@@ -3,6 +3,7 @@
 //! * [`oracle`]: the forward pass in f64, written for reading, sharing no code with any engine;
 //! * [`load`]: golden logits, greedy tokens and traces of the cases in [`cases`], each derived twice, by the oracle and
 //!   by Hugging Face transformers, and compiled into this crate;
+//! * [`from_folder`]: the same for any small model, by the oracle alone, when it is asked for;
 //! * [`metrics`]: how far two rows of logits are apart;
 //! * [`regenerate`], [`verify_case`], [`diff`]: what the `golden` command does.
 #![forbid(unsafe_code)]
@@ -17,6 +18,7 @@ pub mod manifest;
 pub mod metrics;
 pub mod oracle;
 mod regenerate;
+mod standard;
 mod verify;
 
 pub use cases::{CaseSpec, PromptSpec, Prompts, model, prompts};
@@ -27,4 +29,5 @@ pub use error::GoldenError;
 pub use file::Derivation;
 pub use oracle::Semantics;
 pub use regenerate::{Progress, regenerate};
+pub use standard::{MAX_WORK, from_folder, standard_work};
 pub use verify::{FP32_TOLERANCE, Verdict, flip_free_tolerance, verify_case};

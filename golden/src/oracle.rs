@@ -18,6 +18,8 @@ use std::collections::BTreeMap;
 pub use checkpoint::Linear;
 use checkpoint::{Checkpoint, Config};
 
+pub(crate) use checkpoint::read_folder;
+
 /// Version of this evaluation. It changes whenever the same model could give other bits.
 pub const ORACLE_VERSION: u32 = 1;
 
@@ -112,7 +114,7 @@ impl Oracle {
 
     /// Reads a checkpoint folder: `config.json` and every `model*.safetensors`.
     pub fn load(dir: &std::path::Path) -> Result<Self> {
-        let (config, files) = checkpoint::read_folder(dir)?;
+        let (config, files) = read_folder(dir)?;
         let shards: Vec<&[u8]> = files.iter().map(Vec::as_slice).collect();
         Self::from_shards(&config, &shards)
     }

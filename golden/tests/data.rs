@@ -165,3 +165,33 @@ fn a_folder_and_its_bytes_are_the_same_model() {
     let error = from_bytes.forward(&[vocab as u32], Semantics::Fp32).expect_err("no such token");
     assert_eq!(error, OracleError::Token { token: vocab as u32, vocab });
 }
+
+#[test]
+fn a_folder_gets_the_oracle_s_golden_data() {
+    let fixture = model("sharded-untied-f32").expect("a case");
+    let dir = tempfile::tempdir().expect("a folder");
+    fixture.write_to(dir.path()).expect("written");
+    let golden = golden::from_folder("mine", dir.path()).expect("golden data");
+    assert_eq!((golden.model_sha256.as_str(), golden.derivation()), (fixture.sha256().as_str(), Derivation::Oracle));
+    assert_eq!(load("sharded-untied-f32").expect("committed").derivation(), Derivation::Transformers);
+    let oracle = Oracle::load(dir.path()).expect("a model");
+    assert_eq!(golden.prompts.len(), 4);
+    for prompt in &golden.prompts {
+        for semantics in Semantics::ALL {
+            let rows: Vec<&[f32]> = prompt.rows(semantics, Derivation::Oracle).collect();
+            let greedy = prompt.greedy_of(semantics, Derivation::Oracle);
+            for (i, ids) in prompt.input_ids.iter().enumerate() {
+                let expected = oracle.forward(ids, semantics).expect("logits");
+                for (row, expected) in rows[i * prompt.seq..].iter().zip(&expected) {
+                    assert!(row.iter().zip(expected).all(|(a, e)| *a == *e as f32), "{}", prompt.name);
+                }
+                assert_eq!(greedy[i].len(), 8);
+                let last = expected.last().expect("a position");
+                assert_eq!(metrics::top1(last), Some(greedy[i][0] as usize));
+            }
+        }
+    }
+    // 37 prompt positions and 5 sequences of 8 new tokens, in both semantics; a short context has the short prompts.
+    assert_eq!(golden::standard_work(149, 64), 2 * (37 + 40));
+    assert_eq!(golden::standard_work(149, 4), 2 * (4 + 16));
+}

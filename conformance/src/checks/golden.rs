@@ -2,13 +2,15 @@
 
 use super::edit::Model;
 use super::stats::Rows;
-use super::support::{EDIT_MODEL, chunked, forward, generate, greedy, logits_of, own_margin, prompt, reach, until_eos};
+use super::support::{
+    EDIT_MODEL, check_lost, chunked, forward, generate, greedy, logits_of, own_margin, prompt, reach, until_eos,
+};
 use crate::backend::{Noise, Semantics};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::measure;
 use crate::tolerance;
 use bitnet_contracts::{BitNetInference, InferenceError, KVCache};
-use golden::{Derivation, Golden, Prompt};
+use golden::{Golden, Prompt};
 use serde_json::{Value, json};
 
 const GOLDEN: Category = Category::Golden;
@@ -61,9 +63,9 @@ pub(super) const CHECKS: &[Check] = &[
     .on(ModelSet::Only(EDIT_MODEL)),
 ];
 
-/// The golden logits of a prompt in one of the semantics, as transformers gives them.
-fn golden_logits(prompt: &Prompt, semantics: Semantics) -> Result<&[f32], Stop> {
-    let logits = prompt.logits(semantics.oracle(), Derivation::Transformers);
+/// The golden logits of a prompt in one of the semantics: transformers', or the oracle's where there are no others.
+fn golden_logits<'a>(golden: &Golden, prompt: &'a Prompt, semantics: Semantics) -> Result<&'a [f32], Stop> {
+    let logits = prompt.logits(semantics.oracle(), golden.derivation());
     if logits.is_empty() {
         return Err(Stop::Inconclusive(format!("no golden {} logits for prompt {}", semantics.name(), prompt.name)));
     }
@@ -87,7 +89,7 @@ fn compare(ctx: &mut Context<'_>, golden: &Golden, semantics: Semantics) -> Resu
     let mut engine = ctx.engine()?;
     let (mut rows, mut reach) = (Rows::default(), 0.0f64);
     for prompt in &golden.prompts {
-        let expected = golden_logits(prompt, semantics)?;
+        let expected = golden_logits(golden, prompt, semantics)?;
         let seen = evaluate(ctx, engine.as_mut(), prompt)?;
         ctx.require(
             seen.len() == expected.len(),
@@ -105,7 +107,8 @@ fn compare(ctx: &mut Context<'_>, golden: &Golden, semantics: Semantics) -> Resu
 fn quantisation_gap(golden: &Golden) -> Result<Rows, Stop> {
     let mut gap = Rows::default();
     for prompt in &golden.prompts {
-        let (fp32, a8) = (golden_logits(prompt, Semantics::Fp32)?, golden_logits(prompt, Semantics::W158A8)?);
+        let fp32 = golden_logits(golden, prompt, Semantics::Fp32)?;
+        let a8 = golden_logits(golden, prompt, Semantics::W158A8)?;
         gap.add(fp32, a8, prompt.vocab);
     }
     Ok(gap)
@@ -139,18 +142,6 @@ fn check_correlation(ctx: &mut Context<'_>, rows: &Rows) -> f64 {
     let what = format!("1 - correlation with the {semantics} golden, worst row (row {row} of {})", rows.len());
     ctx.check_within(what, 1.0 - worst, tolerance);
     worst
-}
-
-/// Holds the largest lead that a golden's first token has where the backend has another one first.
-fn check_lost(ctx: &mut Context<'_>, rows: &Rows, reach: f64) {
-    let (row, lost) = rows.worst(|r| r.lost_margin, |a, b| a > b);
-    let what = format!("lead of the golden's first token where another was seen (row {row} of {})", rows.len());
-    if exact(ctx) {
-        // Each of the two logits may be off by the tolerance.
-        ctx.check_within(what, lost / (2.0 * reach), &tolerance::FP32_LOGIT);
-    } else {
-        ctx.check_within(what, lost, &tolerance::A8_MARGIN);
-    }
 }
 
 fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
@@ -190,7 +181,7 @@ fn top1(ctx: &mut Context<'_>) -> CheckResult {
     let golden = ctx.golden()?;
     let semantics = ctx.capabilities().semantics;
     let (rows, reach) = compare(ctx, &golden, semantics)?;
-    check_lost(ctx, &rows, reach);
+    check_lost(ctx, "against the golden", &rows, reach);
     ctx.measure("top1_agreement", rows.mean(|r| f64::from(u8::from(r.lost_margin == 0.0))));
     Ok(())
 }
@@ -210,7 +201,7 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
         seen.extend(chunked(engine.as_mut(), tokens, &vec![1; tokens.len()], &mut KVCache::new(tokens.len()))?);
         sessions = 2;
     }
-    let expected = &golden_logits(longest, capabilities.semantics)?[..tokens.len() * longest.vocab];
+    let expected = &golden_logits(&golden, longest, capabilities.semantics)?[..tokens.len() * longest.vocab];
     let expected = expected.repeat(sessions);
     let mut rows = Rows::default();
     rows.add(&seen, &expected, longest.vocab);
@@ -223,24 +214,22 @@ fn decode(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_within(what, gap / reach, &tolerance::FP32_LOGIT);
     } else {
         check_correlation(ctx, &rows);
-        check_lost(ctx, &rows, reach);
+        check_lost(ctx, "in decoding", &rows, reach);
     }
     Ok(())
 }
 
 fn greedy_tokens(ctx: &mut Context<'_>) -> CheckResult {
     let golden = ctx.golden()?;
-    let semantics = ctx.capabilities().semantics.oracle();
+    let (semantics, derivation) = (ctx.capabilities().semantics, golden.derivation());
     let mut engine = ctx.engine()?;
     let mut compared = 0;
     for prompt in &golden.prompts {
+        let margin = own_margin(ctx, golden_logits(&golden, prompt, semantics)?);
+        let steps = prompt.greedy_of(semantics.oracle(), derivation);
+        let margins = prompt.margins_of(semantics.oracle(), derivation);
         for (row, tokens) in prompt.input_ids.iter().enumerate() {
-            let (Some(expected), Some(margins)) =
-                (prompt.greedy(semantics).get(row), prompt.margins(semantics).get(row))
-            else {
-                continue;
-            };
-            let margin = own_margin(ctx, golden_logits(prompt, ctx.capabilities().semantics)?);
+            let (Some(expected), Some(margins)) = (steps.get(row), margins.get(row)) else { continue };
             let clear = margins.iter().take_while(|&&m| f64::from(m) >= margin).count().min(expected.len());
             if clear == 0 {
                 continue;
@@ -275,7 +264,7 @@ fn reproduced_rows(ctx: &mut Context<'_>) -> CheckResult {
         let mut engine = ctx.factory().create(&model)?;
         let mut rows = Rows::default();
         for prompt in &golden.prompts {
-            let expected = golden_logits(prompt, Semantics::W158A8)?;
+            let expected = golden_logits(&golden, prompt, Semantics::W158A8)?;
             rows.add(&evaluate(ctx, engine.as_mut(), prompt)?, expected, prompt.vocab);
             ctx.compared(expected.len());
         }

@@ -87,7 +87,7 @@ impl Linear {
 }
 
 /// `config.json` and every `model*.safetensors` of a folder, in the order of their names.
-pub(super) fn read_folder(dir: &Path) -> Result<(Vec<u8>, Vec<Vec<u8>>)> {
+pub(crate) fn read_folder(dir: &Path) -> Result<(Vec<u8>, Vec<Vec<u8>>)> {
     let fail = |e: std::io::Error| OracleError::Weights(format!("{}: {e}", dir.display()));
     let paths = std::fs::read_dir(dir).map_err(fail)?.map(|entry| Ok(entry?.path()));
     let mut paths = paths.collect::<std::io::Result<Vec<_>>>().map_err(fail)?;

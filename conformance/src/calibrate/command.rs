@@ -1,0 +1,114 @@
+//! The command: what it runs, what it prints, what it writes.
+
+use super::{Evidence, Subject, backend, measure, regressions, rewrite};
+use crate::run::Runner;
+use crate::suite::{Case, Suite};
+use crate::tolerance::{self, ALL, Entry, Rule, Table};
+use crate::verdict::CaseResult;
+use crate::zoo::{faulty, honest};
+use clap::Args;
+use comfy_table::presets;
+use indicatif::ProgressBar;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// The arguments of `conformance calibrate`.
+#[derive(Debug, Args)]
+pub(crate) struct CalibrateArgs {
+    /// Write the figures, and the limits that follow from them, into the table.
+    #[arg(long, conflicts_with = "check")]
+    write: bool,
+    /// Measure the honest backends and the faults that the table names, and fail where its evidence no longer holds.
+    #[arg(long)]
+    check: bool,
+    /// The table.
+    #[arg(long, value_name = "FILE", default_value = "conformance/tolerances.toml")]
+    file: PathBuf,
+    /// Worker processes. Default: one a processor.
+    #[arg(long, value_name = "N")]
+    jobs: Option<std::num::NonZeroUsize>,
+}
+
+/// Every backend that is known to be right or to be wrong: the registered ones and both zoos.
+fn subjects(suite: &Suite) -> Vec<Subject> {
+    let registered = suite.registry().factories().iter().cloned().map(Subject::honest);
+    let honest = honest::all().into_iter().map(|variant| Subject::honest(Arc::new(variant.factory())));
+    let faulty = faulty::all().into_iter().map(|fault| Subject::faulty(Arc::new(fault.factory()), fault.model));
+    registered.chain(honest).chain(faulty).collect()
+}
+
+/// Measures, prints, and writes or judges the table.
+pub(crate) fn calibrate(
+    suite: &Suite,
+    args: &CalibrateArgs,
+    bar: &ProgressBar,
+) -> Result<ExitCode, Box<dyn std::error::Error>> {
+    let text = std::fs::read_to_string(&args.file).map_err(|e| format!("{}: {e}", args.file.display()))?;
+    let table = tolerance::parse(&text)?;
+    let mut subjects = subjects(suite);
+    if args.check {
+        let named: Vec<&str> = table.values().filter_map(|e| e.faulty_by.as_deref()).map(backend).collect();
+        subjects.retain(|s| s.honest || named.contains(&s.factory.name()));
+    }
+    let jobs = args.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()), |n| n.get());
+    let runner = Runner::new()?;
+    let run = |cases: &[Case]| -> Vec<CaseResult> {
+        bar.set_length(bar.length().unwrap_or(0) + cases.len() as u64);
+        runner.run_all(cases, jobs, &|result: &CaseResult| {
+            bar.set_message(result.id.clone());
+            bar.inc(1);
+        })
+    };
+    let (honest, faulty) = measure(&subjects, suite.checks(), suite.models(), &run);
+    bar.finish_and_clear();
+    let measured: Vec<(&str, Evidence)> = ALL.iter().map(|t| (t.name(), Evidence::of(t, &honest, &faulty))).collect();
+    println!("{}", render(&table, &measured));
+    if args.check {
+        let found = regressions(&table, &honest, &faulty);
+        found.iter().for_each(|what| println!("no longer holds: {what}"));
+        return Ok(if found.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) });
+    }
+    let applied: Table = measured
+        .iter()
+        .filter_map(|(name, evidence)| Some(((*name).to_string(), evidence.applied(table.get(*name)?))))
+        .collect();
+    let mut sound = true;
+    for (name, entry) in &applied {
+        for fault in entry.faults() {
+            sound = false;
+            println!("{name}: {fault}");
+        }
+    }
+    if args.write {
+        std::fs::write(&args.file, rewrite(&text, &applied))?;
+    }
+    Ok(if sound { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+/// The figures of the run beside the limits of the table.
+fn render(table: &Table, measured: &[(&str, Evidence)]) -> String {
+    let mut out = comfy_table::Table::new();
+    out.load_style(presets::UTF8_FULL_CONDENSED);
+    out.set_header(["tolerance", "rule", "limit", "follows", "worst honest", "by", "nearest faulty", "by", "ratio"]);
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_string(), |v| format!("{v:.2e}"));
+    for (name, evidence) in measured {
+        let Some(entry): Option<&Entry> = table.get(*name) else { continue };
+        let (honest, faulty) = (&evidence.honest, &evidence.faulty);
+        let text = |seen: &Option<super::Seen>| seen.as_ref().map_or_else(|| "-".to_string(), |s| s.by.clone());
+        let ratio = honest.as_ref().zip(faulty.as_ref()).map(|(h, f)| f.error / h.error);
+        let follows = (entry.rule == Rule::Evidence).then(|| evidence.applied(entry).limit);
+        out.add_row([
+            (*name).to_string(),
+            format!("{:?}", entry.rule).to_lowercase(),
+            number(Some(entry.limit)),
+            number(follows),
+            number(honest.as_ref().map(|s| s.error)),
+            text(honest),
+            number(faulty.as_ref().map(|s| s.error)),
+            text(faulty),
+            ratio.map_or_else(|| "-".to_string(), |r| format!("{r:.1}")),
+        ]);
+    }
+    out.to_string()
+}
