@@ -9,6 +9,9 @@ pub mod naive;
 pub mod proof;
 pub mod prove;
 
+#[cfg(test)]
+mod tests;
+
 use crate::backend::{BackendFactory, Capabilities, CreateOptions, Registry, Semantics};
 use crate::case::Category;
 use crate::model::ModelFixture;
@@ -193,11 +196,12 @@ impl ZooFactory {
             .with_threads()
             .with_tokenizer()
             .with_batch()
+            .with_instruction_sets(["scalar", "paired"])
             .with_bitwise()
     }
 
     fn load(&self, model: &ModelFixture, options: &CreateOptions) -> Result<Naive> {
-        Naive::load(model, self.capabilities.semantics, options, self.build.make())
+        Naive::load(model, &self.capabilities, options, self.build.make())
     }
 }
 
@@ -219,7 +223,7 @@ impl BackendFactory for ZooFactory {
     }
 
     fn create_thread_safe(&self, model: &ModelFixture) -> Option<Result<Arc<dyn ThreadSafeInference>>> {
-        let wanted = self.build.make().thread_safe() && self.capabilities.thread_safe;
+        let wanted = self.build.make().thread_safe(&self.capabilities);
         wanted.then(|| {
             let engine = self.load(model, &CreateOptions::default());
             engine.map(|engine| Arc::new(engine) as Arc<dyn ThreadSafeInference>)

@@ -6,11 +6,11 @@
 use super::engine::Naive;
 use super::sampler::{self, SplitMix};
 use super::weights::Weights;
-use crate::backend::CreateOptions;
+use crate::backend::{Capabilities, CreateOptions};
 use crate::model::ModelFixture;
 use bitnet_contracts::{
-    BitNetInference, Device, FinishReason, ForwardPassMetrics, GenerationConfig, GenerationResult, InferenceError,
-    InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
+    BitNetInference, ConfigurationError, Device, FinishReason, ForwardPassMetrics, GenerationConfig, GenerationResult,
+    InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
 };
 use std::path::Path;
 
@@ -108,13 +108,33 @@ pub trait Deviation: Send + Sync + 'static {
     ///
     /// # Errors
     /// For an option that the backend does not have.
-    fn options(&self, options: &CreateOptions) -> Result<CreateOptions> {
-        Ok(options.clone())
+    fn options(&self, options: &CreateOptions, declared: &Capabilities) -> Result<CreateOptions> {
+        let known = |name: &String| declared.instruction_sets.contains(name);
+        let asked = [
+            ("attention weights", options.output_attentions && !declared.attention_weights),
+            ("hidden states", options.output_hidden_states && !declared.hidden_states),
+            ("a number of threads", options.threads.is_some() && !declared.threads),
+            ("this instruction set", options.isa.as_ref().is_some_and(|name| !known(name))),
+        ];
+        match asked.iter().find(|(_, refused)| *refused) {
+            Some((what, _)) => Err(lacking(what)),
+            None => Ok(options.clone()),
+        }
     }
 
     /// Whether there is an engine for many threads.
-    fn thread_safe(&self) -> bool {
-        true
+    fn thread_safe(&self, declared: &Capabilities) -> bool {
+        declared.thread_safe
+    }
+
+    /// Whether a batch of more than one sequence is taken.
+    fn takes_batches(&self, declared: &Capabilities) -> bool {
+        declared.batch
+    }
+
+    /// Whether stop texts are passed over where there is no tokenizer to find them with.
+    fn ignores_stop_texts(&self) -> bool {
+        false
     }
 
     /// Whether `validate()` of the configuration is called.
@@ -420,6 +440,11 @@ pub trait Deviation: Send + Sync + 'static {
     fn error(&self, error: InferenceError) -> InferenceError {
         error
     }
+}
+
+/// The refusal of what an engine declares that it lacks.
+pub fn lacking(what: &str) -> InferenceError {
+    ConfigurationError::IncompatibleConfig { reason: format!("this engine has no choice of {what}") }.into()
 }
 
 /// The engine that goes its own way nowhere.

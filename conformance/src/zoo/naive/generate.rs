@@ -5,7 +5,6 @@ use super::engine::{Evaluated, Naive};
 use super::sampler::{SplitMix, next_token};
 use bitnet_contracts::{
     ConfigurationError, FinishReason, GenerationConfig, GenerationResult, GenerationTiming, InputValidator, Result,
-    TokenizationError,
 };
 use std::time::{Duration, Instant};
 
@@ -29,9 +28,8 @@ impl Naive {
             let (parameter, valid_range) = ("max_new_tokens".to_string(), "1 to usize::MAX".to_string());
             return Err(ConfigurationError::InvalidParameter { parameter, value: "0".to_string(), valid_range }.into());
         }
-        if !config.stop_sequences.is_empty() && shared.tokenizer.is_none() {
-            let reason = "stop_sequences are text and the model has none".to_string();
-            return Err(TokenizationError::MissingTokenizer { reason }.into());
+        if !config.stop_sequences.is_empty() && shared.tokenizer.is_none() && !d.ignores_stop_texts() {
+            return Err(super::deviation::lacking("stop texts"));
         }
         validator.validate_token_sequence(prompt, self.config.vocab_size)?;
 
