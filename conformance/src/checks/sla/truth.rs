@@ -166,9 +166,12 @@ fn memory_and_traffic(ctx: &mut Context<'_>, all: &[&Pass], facts: &ModelFacts) 
     ctx.check(measured, "memory_bandwidth_usage that differs from call to call, or none", format!("always {first:?}"));
 }
 
+/// A component time and its name.
+type Part = (&'static str, fn(&Pass) -> Duration);
+
 /// The times of the parts of a pass fit into the whole, and those that are given are measured.
 fn parts(ctx: &mut Context<'_>, all: &[&Pass]) {
-    let fields: [(&str, fn(&Pass) -> Duration); 7] = [
+    let fields: [Part; 7] = [
         ("embedding_time", |p| p.output.metrics.embedding_time),
         ("attention_time", |p| p.output.metrics.attention_time),
         ("feedforward_time", |p| p.output.metrics.feedforward_time),
@@ -181,7 +184,7 @@ fn parts(ctx: &mut Context<'_>, all: &[&Pass]) {
     for (size, few) in [("short", true), ("long", false)] {
         let (mut five, mut quantization) = (Figures::default(), Figures::default());
         for pass in all.iter().filter(|pass| (pass.tokens == 1) == few) {
-            let sum = |range: &[(&str, fn(&Pass) -> Duration)]| range.iter().map(|(_, f)| millis(f(pass))).sum::<f64>();
+            let sum = |range: &[Part]| range.iter().map(|(_, f)| millis(f(pass))).sum::<f64>();
             five.add(sum(&fields[..5]), pass.total());
             quantization.add(sum(&fields[5..]), pass.total());
         }
@@ -231,7 +234,7 @@ fn generations(ctx: &Context<'_>) -> Result<Vec<Vec<Made>>, Stop> {
     let mut made: Vec<Vec<Made>> = KINDS.iter().map(|_| Vec::new()).collect();
     let start = Instant::now();
     for round in (0..ROUNDS).take_while(|&round| round < LEAST_ROUNDS || start.elapsed() < LONG) {
-        for kind in 0..KINDS.len() {
+        for (kind, made) in made.iter_mut().enumerate() {
             let salt = 1_060_000 + round * KINDS.len() as u64 + kind as u64;
             let tokens = prompt(facts, if matches!(kind, 2 | 3) { long } else { short }, salt);
             let (count, config) = match kind {
@@ -248,7 +251,7 @@ fn generations(ctx: &Context<'_>) -> Result<Vec<Vec<Made>>, Stop> {
                 (5, _) => engine.generate_deterministic(&tokens, count, salt)?,
                 _ => generate(engine.as_mut(), &tokens, count, &config)?,
             };
-            made[kind].push(Made { result, wall: millis(clock.elapsed()) });
+            made.push(Made { result, wall: millis(clock.elapsed()) });
         }
     }
     Ok(made)
