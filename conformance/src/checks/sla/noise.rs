@@ -84,9 +84,10 @@ mod tests {
 
     #[test]
     fn watching_begins_with_the_first_sample_beyond_the_limit() {
+        let mut idle = Stopwatch::new(f64::INFINITY);
+        idle.time(1, || ());
+        assert!(!idle.watching);
         let mut watch = Stopwatch::new(10.0);
-        watch.time(1, || ());
-        assert!(!watch.watching);
         let ((), sample) = watch.time(2, || std::thread::sleep(Duration::from_millis(30)));
         assert!(watch.watching && sample.wall >= 15.0 && sample.own == sample.wall, "{sample:?}");
     }
