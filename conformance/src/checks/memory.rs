@@ -153,6 +153,7 @@ fn needs_host(engine: &dyn BitNetInference) -> CheckResult {
 }
 
 fn resident(ctx: &mut Context<'_>) -> CheckResult {
+    let _filled = fill_holes()?;
     let before = need(memory())?;
     let mut engine = ctx.engine()?;
     needs_host(engine.as_ref())?;
@@ -189,7 +190,6 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     ctx.timing("sessions_growth_bytes", grown);
     let what = format!("bytes that {count} sessions of {positions} positions take, where their caches say {claimed},");
     ctx.check_at_most(what, grown, tolerance::SESSION_FACTOR * claimed as f64 + tolerance::SESSION_SLACK);
-    drop(caches);
     // Engines likewise, by what they say they hold.
     let (mut engines, mut series) = (vec![ctx.engine()?, ctx.engine()?], vec![need(held())?]);
     for _ in 0..6 {
@@ -211,13 +211,13 @@ const SLOPE_TIME: Duration = Duration::from_secs(4);
 
 /// Takes what the allocator holds free, block by block, until it has to ask for fresh pages: what is left behind would
 /// hide in there, for loading a model leaves holes of many megabytes.
-fn fill_holes() -> Result<Vec<Box<[u8; 240]>>, Stop> {
+fn fill_holes() -> Result<Vec<Vec<u8>>, Stop> {
     const STEP: usize = 256;
     const MOST: usize = 1 << 18;
     let (mut blocks, mut fresh) = (Vec::with_capacity(MOST), 0);
     let mut before = need(held())?;
     while fresh < 3 && blocks.len() < MOST {
-        blocks.extend((0..STEP).map(|_| std::hint::black_box(Box::new([1u8; 240]))));
+        blocks.extend((0..STEP).map(|_| std::hint::black_box(vec![1u8; 240])));
         let now = need(held())?;
         fresh = if now - before >= 0.8 * (STEP * 240) as f64 { fresh + 1 } else { 0 };
         before = now;

@@ -30,17 +30,13 @@ impl Request {
     }
 }
 
-/// What an engine says of the ids after the first, in milliseconds.
-pub(super) fn told_decode(result: &GenerationResult) -> f64 {
-    result.timing.per_token.iter().skip(1).map(|&time| millis(time)).sum()
-}
-
 /// What an engine accounts for: the time to the first id and the time of every other one, in milliseconds.
 pub(super) fn accounted(result: &GenerationResult) -> f64 {
-    millis(result.timing.time_to_first_token) + told_decode(result)
+    let others: Duration = result.timing.per_token.iter().skip(1).sum();
+    millis(result.timing.time_to_first_token + others)
 }
 
-/// Figures that engine tells, each beside the time that it must fit into, in milliseconds.
+/// Figures that an engine tells, each beside the time that it must fit into, in milliseconds.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Figures(Vec<(f64, f64)>);
 

@@ -83,13 +83,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn watching_begins_with_the_first_sample_beyond_the_limit() {
+        let mut idle = Stopwatch::new(f64::INFINITY);
+        idle.time(1, || ());
+        assert!(!idle.watching);
+        let mut watch = Stopwatch::new(10.0);
+        let ((), sample) = watch.time(2, || std::thread::sleep(Duration::from_millis(30)));
+        assert!(watch.watching && sample.wall >= 15.0 && sample.own == sample.wall, "{sample:?}");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
     fn sleep_is_not_taken_for_a_want_of_processors() {
-        let mut watch = Stopwatch::new(1.0);
-        let nap = || std::thread::sleep(Duration::from_millis(20));
-        watch.time(1, nap);
-        assert!(watch.watching);
-        let ((), sample) = watch.time(2, nap);
-        assert!(sample.wall >= 10.0 && sample.own > sample.wall / 2.0, "{sample:?}");
+        let me = std::fs::read_link("/proc/thread-self").expect("a link").file_name().expect("a number").to_owned();
+        let before = waits().get(&me).copied();
+        std::thread::sleep(Duration::from_millis(200));
+        let waited = waits().get(&me).copied().zip(before).map(|(after, before)| after - before);
+        assert!(waited.is_none_or(|waited| waited < 150.0), "{waited:?}");
     }
 
     #[test]
