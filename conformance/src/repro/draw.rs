@@ -41,9 +41,9 @@ impl Draw {
 /// A small model: any shape, layout and spelling that the format knows.
 pub(super) fn model(draw: &mut Draw) -> Synthetic {
     loop {
-        let heads = draw.pick(&[1, 1, 2, 2, 3, 4, 6, 8]);
+        let heads: usize = draw.pick(&[1, 1, 2, 2, 3, 4, 6, 8]);
         let hidden = heads * draw.pick(&[2, 4, 8, 8, 16, 16, 32]);
-        let divisors: Vec<usize> = (1..=heads).filter(|n| heads % n == 0).collect();
+        let divisors: Vec<usize> = (1..=heads).filter(|&n| heads.is_multiple_of(n)).collect();
         let vocab = draw.within(8, 160);
         let eos = match draw.within(0, 2) {
             0 => Eos::Nothing,

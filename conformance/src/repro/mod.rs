@@ -15,6 +15,7 @@ mod play;
 mod replay;
 mod schedule;
 mod shrink;
+mod smaller;
 mod truth;
 
 pub(crate) use command::{FuzzArgs, ReplayArgs, ShrinkArgs, fuzz_command, replay_command};

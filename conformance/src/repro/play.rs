@@ -81,10 +81,16 @@ struct Tally {
     refusals: u64,
 }
 
+/// A thread-safe engine and a thread-local copy of it.
+struct Copies {
+    shared: Arc<dyn ThreadSafeInference>,
+    local: Box<dyn BitNetInference>,
+}
+
 struct Player {
     engine: Box<dyn BitNetInference>,
-    /// The thread-safe engine and a copy of it, once a call has asked for them.
-    copies: Option<(Arc<dyn ThreadSafeInference>, Box<dyn BitNetInference>)>,
+    /// The thread-safe engine and its copy, once a call has asked for them.
+    copies: Option<Copies>,
     caches: Vec<Session>,
     truth: Truth,
     vocab: usize,
@@ -246,24 +252,21 @@ impl Player {
             Form::Deep => u32s(flat)?.reshape((1, shape.0, shape.1))?,
         };
         if call.copy && ctx.capabilities().thread_safe {
-            return Ok(self.copy(ctx)?.1.forward(&input, None));
+            return Ok(self.copy(ctx)?.local.forward(&input, None));
         }
         let cache = call.cache.and_then(|c| self.caches.get_mut(c)).map(|session| &mut session.cache);
         Ok(self.engine.forward(&input, cache))
     }
 
     /// The thread-safe engine and its thread-local copy.
-    fn copy(
-        &mut self,
-        ctx: &Context<'_>,
-    ) -> Result<&mut (Arc<dyn ThreadSafeInference>, Box<dyn BitNetInference>), Stop> {
+    fn copy(&mut self, ctx: &Context<'_>) -> Result<&mut Copies, Stop> {
         match &mut self.copies {
             Some(copies) => Ok(copies),
             none => {
                 let shared = ctx.thread_safe()?;
-                let copy = shared.thread_local_copy();
-                let copy = copy.map_err(|e| Stop::Unexpected(format!("thread_local_copy failed: {e}")))?;
-                Ok(none.insert((shared, copy)))
+                let local = shared.thread_local_copy();
+                let local = local.map_err(|e| Stop::Unexpected(format!("thread_local_copy failed: {e}")))?;
+                Ok(none.insert(Copies { shared, local }))
             }
         }
     }
@@ -310,7 +313,7 @@ impl Player {
         ];
         let faults: Vec<Fault> = found.into_iter().filter(|(_, holds)| *holds).map(|(fault, _)| fault).collect();
         let result = if call.copy && ctx.capabilities().thread_safe {
-            self.copy(ctx)?.0.generate_concurrent(&call.prompt, call.tokens, config)
+            self.copy(ctx)?.shared.generate_concurrent(&call.prompt, call.tokens, config)
         } else {
             self.engine.generate(&call.prompt, call.tokens, config)
         };
