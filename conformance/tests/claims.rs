@@ -214,7 +214,7 @@ fn outcome(factory: &Factory, check: &str, model: &str) -> Outcome {
     std::fs::create_dir(&scratch).expect("a folder");
     let checks = conformance::checks::all();
     let check = checks.iter().find(|c| c.name == check).expect("a check of the suite");
-    run_check(check, factory, &model, &scratch)
+    run_check(check, factory, &model, &scratch, false)
 }
 
 fn least() -> Capabilities {
