@@ -15,7 +15,7 @@ mod command;
 
 pub(crate) use command::{CalibrateArgs, calibrate};
 
-use crate::backend::BackendFactory;
+use crate::backend::{BackendFactory, Capabilities};
 use crate::case::Check;
 use crate::context::CLOCK_ERROR;
 use crate::model::Model;
@@ -162,8 +162,8 @@ fn cases_of(subject: &Subject, check: &Check, models: &[&Arc<Model>]) -> Vec<Cas
 
 /// Runs backends and collects their errors, honest and faulty. `run` runs cases.
 ///
-/// Every check is run once for each honest backend; those that held an error to a tolerance are then run on the other
-/// models too, and on the faulty backends.
+/// Which checks hold errors to a tolerance depends on what a backend declares: every check is run once for each
+/// declaration of an honest backend. Those that did are then run for every backend on its models.
 pub fn measure(
     subjects: &[Subject],
     checks: &[Check],
@@ -171,20 +171,25 @@ pub fn measure(
     run: &dyn Fn(&[Case]) -> Vec<CaseResult>,
 ) -> (Errors, Errors) {
     let (mut honest, mut faulty) = (Errors::default(), Errors::default());
-    let gather = |errors: &mut Errors, cases: Vec<Case>| run(&cases).iter().for_each(|result| errors.add(result));
-    let pairs = |of_honest: bool| {
-        let of = subjects.iter().filter(move |s| s.honest == of_honest);
-        of.flat_map(|s| checks.iter().map(move |c| (s, c, models_for(s, c, models))))
-    };
-    let first = pairs(true).flat_map(|(s, c, m)| cases_of(s, c, &m[..m.len().min(1)])).collect();
-    gather(&mut honest, first);
-    let known = honest.checks.clone();
-    let rest = pairs(true).filter(|(_, c, m)| known.contains(c.name) && !m.is_empty());
-    let rest = rest.flat_map(|(s, c, m)| cases_of(s, c, &m[1..])).collect();
-    gather(&mut honest, rest);
-    let all =
-        pairs(false).filter(|(_, c, _)| known.contains(c.name)).flat_map(|(s, c, m)| cases_of(s, c, &m)).collect();
-    gather(&mut faulty, all);
+    let mut declared: Vec<Capabilities> = Vec::new();
+    let mut first = Vec::new();
+    for subject in subjects.iter().filter(|s| s.honest) {
+        let capabilities = subject.factory.capabilities();
+        if !declared.contains(&capabilities) {
+            declared.push(capabilities);
+            let one = |c| cases_of(subject, c, &models_for(subject, c, models)[..1]);
+            let possible = checks.iter().filter(|c| !models_for(subject, c, models).is_empty());
+            first.extend(possible.flat_map(one));
+        }
+    }
+    run(&first).iter().for_each(|result| honest.add(result));
+    let known: Vec<&Check> = checks.iter().filter(|c| honest.checks.contains(c.name)).collect();
+    for (of_honest, errors) in [(true, &mut honest), (false, &mut faulty)] {
+        let of = subjects.iter().filter(|s| s.honest == of_honest);
+        let cases: Vec<Case> =
+            of.flat_map(|s| known.iter().flat_map(|c| cases_of(s, c, &models_for(s, c, models)))).collect();
+        run(&cases).iter().for_each(|result| errors.add(result));
+    }
     (honest, faulty)
 }
 

@@ -11,7 +11,9 @@ use bitnet_contracts::{
 use conformance::calibrate::{Evidence, Subject, measure};
 use conformance::tolerance::{FP32_LOGIT, FP32_SELF};
 use conformance::worker::run_check;
-use conformance::{BackendFactory, Capabilities, Case, CaseResult, Model, ModelFixture, Semantics};
+use conformance::{
+    BackendFactory, Capabilities, Case, CaseResult, Check, Model, ModelFixture, ModelSet, Semantics, Verdict,
+};
 use oracle_backend::OracleFactory;
 use std::sync::Arc;
 
@@ -124,4 +126,31 @@ fn the_errors_of_known_backends_are_found_in_spite_of_failed_assertions() {
     // None of them contradicts itself.
     let found = Evidence::of(&FP32_SELF, &honest, &faulty);
     assert!(found.honest.is_some_and(|s| s.error < 1e-6) && found.faulty.is_none());
+}
+
+#[test]
+fn a_small_folder_is_held_to_the_oracle() {
+    let dir = tempfile::tempdir().expect("a folder");
+    fixtures::preset("gqa2-untied-f32", 7).expect("a preset").write_to(dir.path()).expect("written");
+    let model = Arc::new(Model::folder(dir.path()).expect("a model"));
+    assert_eq!(model.golden(), None);
+    let golden = |c: &Check| matches!(c.models, ModelSet::Golden);
+    let checks: Vec<Check> = conformance::checks::all().into_iter().filter(golden).collect();
+    assert!(checks.iter().all(|c| c.models.takes(&model, true) && !c.models.takes(&model, false)));
+    let verdicts = |by| {
+        let backend: Arc<dyn BackendFactory> = Arc::new(Bent { name: "bent", by, inner: OracleFactory });
+        let case = |check: &Check| Case {
+            id: check.case_id("bent", model.name()),
+            backend: backend.clone(),
+            model: model.clone(),
+            check: check.clone(),
+            lacks: None,
+        };
+        let results = run(&checks.iter().map(case).collect::<Vec<_>>());
+        results.into_iter().map(|r| (r.check, r.outcome.verdict)).collect::<Vec<_>>()
+    };
+    let right = verdicts(0.0);
+    assert!(right.len() >= 5 && right.iter().all(|(_, v)| *v == Verdict::Pass), "{right:?}");
+    let wrong = verdicts(1e-3);
+    assert!(wrong.contains(&("golden/own_semantics".to_string(), Verdict::Fail)), "{wrong:?}");
 }

@@ -19,6 +19,9 @@ pub(crate) struct CalibrateArgs {
     /// Write the figures, and the limits that follow from them, into the table.
     #[arg(long, conflicts_with = "check")]
     write: bool,
+    /// A part of the name of a backend to measure; may be repeated. Default: all.
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["check", "write"])]
+    backend: Vec<String>,
     /// Measure the honest backends and the faults that the table names, and fail where its evidence no longer holds.
     #[arg(long)]
     check: bool,
@@ -47,6 +50,8 @@ pub(crate) fn calibrate(
     let text = std::fs::read_to_string(&args.file).map_err(|e| format!("{}: {e}", args.file.display()))?;
     let table = tolerance::parse(&text)?;
     let mut subjects = subjects(suite);
+    let takes = |name: &str| args.backend.is_empty() || args.backend.iter().any(|part| name.contains(part.as_str()));
+    subjects.retain(|s| takes(s.factory.name()));
     if args.check {
         let named: Vec<&str> = table.values().filter_map(|e| e.faulty_by.as_deref()).map(backend).collect();
         subjects.retain(|s| s.honest || named.contains(&s.factory.name()));
