@@ -1,14 +1,28 @@
 //! Faults that real engines have had, one file a class. Each names its source and the check that is there to catch it.
 
 mod architecture;
+mod errors;
+mod files;
+mod generation;
+mod penalties;
+mod sampling;
+mod text;
 
 use super::Fault;
 
 /// Every fault, by class.
 pub fn all() -> Vec<Fault> {
-    let classes: [(&'static str, &'static [Fault]); 1] = [("architecture", architecture::FAULTS)];
+    let classes: &[(&'static str, &'static [Fault])] = &[
+        ("architecture", architecture::FAULTS),
+        ("sampling", sampling::FAULTS),
+        ("penalties", penalties::FAULTS),
+        ("generation", generation::FAULTS),
+        ("text", text::FAULTS),
+        ("errors", errors::FAULTS),
+        ("files", files::FAULTS),
+    ];
     classes
-        .into_iter()
+        .iter()
         .flat_map(|(class, faults)| faults.iter().map(move |fault| Fault { class, ..fault.clone() }))
         .collect()
 }
