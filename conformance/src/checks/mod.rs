@@ -16,6 +16,7 @@ mod hostile;
 mod kv_cache;
 mod memory;
 mod numerics;
+mod penalties;
 pub mod probes;
 mod process;
 mod sampling;
@@ -25,6 +26,7 @@ mod slope;
 mod stats;
 mod support;
 mod table;
+mod text;
 
 use crate::case::Check;
 pub(crate) use probes::run;
@@ -40,7 +42,9 @@ pub fn all() -> Vec<Check> {
         determinism::CHECKS,
         batch::CHECKS,
         generation::CHECKS,
+        text::CHECKS,
         sampling::CHECKS,
+        penalties::CHECKS,
         errors::CHECKS,
         hostile::CHECKS,
         concurrency::CHECKS,

@@ -17,8 +17,6 @@ pub(super) const SMALL_CONTEXT: &str = "context-32";
 pub(super) const TABLE_MODEL: &str = "gqa1-tied-bf16";
 /// A small untied f32 model, whose file the checks can edit value by value.
 pub(super) const EDIT_MODEL: &str = "gqa2-untied-f32";
-/// The trained model: the only one with a tokenizer.
-pub(super) const TRAINED_MODEL: &str = "tiny";
 
 /// Logits on the host.
 pub(super) struct Logits {

@@ -4,19 +4,31 @@ mod architecture;
 mod claims;
 mod resources;
 mod times;
+mod errors;
+mod files;
+mod generation;
+mod penalties;
+mod sampling;
+mod text;
 
 use super::Fault;
 
 /// Every fault, by class.
 pub fn all() -> Vec<Fault> {
-    let classes: [(&'static str, &'static [Fault]); 4] = [
+    let classes: &[(&'static str, &'static [Fault])] = &[
         ("architecture", architecture::FAULTS),
+        ("sampling", sampling::FAULTS),
+        ("penalties", penalties::FAULTS),
+        ("generation", generation::FAULTS),
+        ("text", text::FAULTS),
+        ("errors", errors::FAULTS),
+        ("files", files::FAULTS),
         ("claims", claims::FAULTS),
         ("resources", resources::FAULTS),
         ("times", times::FAULTS),
     ];
     classes
-        .into_iter()
+        .iter()
         .flat_map(|(class, faults)| faults.iter().map(move |fault| Fault { class, ..fault.clone() }))
         .collect()
 }

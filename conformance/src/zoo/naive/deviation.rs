@@ -4,7 +4,7 @@
 //! points stand around a whole call of the contracts and may do before, after or instead of it what they like.
 
 use super::engine::Naive;
-use super::sampler::{self, SplitMix};
+use super::sampler::{self, SplitMix, Step};
 use super::weights::Weights;
 use crate::backend::{Capabilities, CreateOptions};
 use crate::model::ModelFixture;
@@ -338,6 +338,16 @@ pub trait Deviation: Send + Sync + 'static {
     /// The size of the pieces that a prompt is fed in.
     fn prefill_piece(&self, config: &GenerationConfig, length: usize) -> usize {
         config.prefill_chunk_size.unwrap_or(length).clamp(1, length.max(1))
+    }
+
+    /// The first token that is computed again at a step without a cache.
+    fn recomputes_from(&self, prompt: usize) -> usize {
+        0
+    }
+
+    /// A choice of its own for one step, in place of penalties, filters and draw.
+    fn choose(&self, step: &mut Step<'_>) -> Option<u32> {
+        None
     }
 
     /// A finished generation, before the caller sees it.

@@ -2,7 +2,7 @@
 
 use super::cache::Sequence;
 use super::engine::{Evaluated, Naive};
-use super::sampler::{SplitMix, next_token};
+use super::sampler::{SplitMix, Step, next_token};
 use bitnet_contracts::{
     ConfigurationError, FinishReason, GenerationConfig, GenerationResult, GenerationTiming, InputValidator, Result,
 };
@@ -56,7 +56,10 @@ impl Naive {
                 timing.prefill = start.elapsed();
             }
             let forbidden = d.forbidden(made, prompt.len(), config, &eos);
-            let token = next_token(d, config, &mut rng, &logits, &tokens, prompt.len(), &forbidden);
+            let (rng, prompt_len) = (&mut rng, prompt.len());
+            let mut step =
+                Step { config, rng, logits: &logits, sequence: &tokens, prompt: prompt_len, forbidden: &forbidden };
+            let token = next_token(d, &mut step);
             if let Some(reason) = d.ends(token, made, config, &eos) {
                 break reason;
             }
@@ -111,7 +114,8 @@ impl Naive {
             *sequence = known.sequence.clone();
             return Ok(known.logits.clone());
         }
-        let unread = &tokens[sequence.len..];
+        let from = if made > 0 && !config.use_cache { d.recomputes_from(tokens.len() - made) } else { sequence.len };
+        let unread = &tokens[from..];
         let piece = d.prefill_piece(config, unread.len());
         let mut logits = Vec::new();
         for chunk in unread.chunks(piece) {

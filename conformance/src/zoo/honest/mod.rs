@@ -1,5 +1,8 @@
 //! Engines that are right in another way. The suite must pass every one: a false alarm is a defect like any other.
 
+mod errors;
+mod sampling;
+
 use super::HonestVariant;
 use super::naive::Honest;
 use crate::backend::Semantics;
@@ -7,7 +10,7 @@ use std::sync::Arc;
 
 /// All of them.
 pub fn all() -> Vec<HonestVariant> {
-    vec![
+    let plain = [
         HonestVariant {
             name: "plain",
             what: "the naive engine as it is",
@@ -22,5 +25,6 @@ pub fn all() -> Vec<HonestVariant> {
             semantics: Semantics::Fp32,
             make: || Arc::new(Honest),
         },
-    ]
+    ];
+    plain.iter().chain(sampling::VARIANTS).chain(errors::VARIANTS).cloned().collect()
 }
