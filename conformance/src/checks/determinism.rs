@@ -1,7 +1,9 @@
 //! The same input gives the same bits.
 
 use super::probes::refuses_unknown_set;
-use super::support::{chunked, forward, generate, greedy, logits_of, mix, plain, prompt, same_greedy, same_logits};
+use super::support::{
+    chunked, forward, generate, greedy, logits_of, mix, other_token, plain, prompt, same_greedy, same_logits,
+};
 use crate::backend::{Capability, CreateOptions};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::invariance::{Axis, Level};
@@ -68,6 +70,14 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new("DET-9", "determinism/process", DETERMINISM, "another process does not show", process)
         .tests(Axis::Process)
         .twice(),
+    Check::new(
+        "DET-10",
+        "determinism/lookalikes",
+        DETERMINISM,
+        "a prompt that resembles an earlier one is evaluated as itself",
+        lookalikes,
+    )
+    .tests(Axis::Runs),
 ];
 
 const SEEDS: [u64; 4] = [0, 1, 12345, u64::MAX];
@@ -77,15 +87,17 @@ fn repeated_forward(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), 9, 70);
     let other = prompt(ctx.facts(), 17, 71);
     let expected = logits_of(engine.as_mut(), &tokens)?;
-    for round in 0..3 {
-        logits_of(engine.as_mut(), &other[..5 * round + 2])?;
+    for round in 0..8 {
+        logits_of(engine.as_mut(), &other[..5 * (round % 3) + 2])?;
         let seen = logits_of(engine.as_mut(), &tokens)?;
         ctx.check_bits(format!("logits of call {}", round + 2), &seen.data, &expected.data);
     }
     let sizes = [4, 1, 1, 3];
     let expected = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(9))?;
-    let seen = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(40))?;
-    ctx.check_bits("logits of the same chunks with another cache", &seen, &expected);
+    for capacity in [40, 9, 64] {
+        let seen = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(capacity))?;
+        ctx.check_bits(format!("logits of the same chunks with a cache of {capacity}"), &seen, &expected);
+    }
     Ok(())
 }
 
@@ -115,13 +127,15 @@ fn sample(engine: &mut dyn BitNetInference, tokens: &[u32], seed: u64) -> Result
 fn fresh_engine(ctx: &mut Context<'_>) -> CheckResult {
     let (mut first, mut second) = (ctx.engine()?, ctx.engine()?);
     let tokens = prompt(ctx.facts(), 6, 73);
-    let expected = logits_of(first.as_mut(), &tokens)?;
+    let logits = logits_of(first.as_mut(), &tokens)?;
     let seen = logits_of(second.as_mut(), &tokens)?;
-    ctx.check_bits("logits of a second engine", &seen.data, &expected.data);
+    ctx.check_bits("logits of a second engine", &seen.data, &logits.data);
     let expected = sample(first.as_mut(), &tokens, 7)?;
     drop(first);
     let seen = sample(second.as_mut(), &tokens, 7)?;
     ctx.check_slices("tokens of a second engine", &seen, &expected);
+    let seen = logits_of(second.as_mut(), &tokens)?;
+    ctx.check_bits("logits of the second engine without the first", &seen.data, &logits.data);
     Ok(())
 }
 
@@ -224,7 +238,8 @@ fn seeds_differ(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), 5, 75);
     // At this temperature a token is close to a fair draw from all: two sequences of 12 agree by chance about never.
     let mut drawn = Vec::new();
-    for seed in (0..6).chain([u64::MAX, 1 << 32]) {
+    // The others are what is left of a seed that loses its upper half, its sign or the bits that a double has no room for.
+    for seed in (0..6).chain([u64::MAX, u64::MAX - 1, 1 << 31, 1 << 32, 1 << 53, (1 << 53) + 1, 1 << 63]) {
         let config = GenerationConfig { temperature: 20.0, ..plain(seed) };
         drawn.push((seed, generate(engine.as_mut(), &tokens, 12, &config)?.generated_tokens));
     }
@@ -271,6 +286,49 @@ fn generate_deterministic(ctx: &mut Context<'_>) -> CheckResult {
         let expected = generate(engine.as_mut(), &tokens, 9, &config)?;
         ctx.check_slices(format!("tokens with seed {seed}"), &seen.generated_tokens, &expected.generated_tokens);
         ctx.check_eq("finish reason", seen.finish_reason, expected.finish_reason);
+    }
+    Ok(())
+}
+
+/// A prompt and others that are like it by length, beginning, end, or the tokens they are made of.
+fn alike(ctx: &Context<'_>) -> Vec<(&'static str, Vec<u32>)> {
+    let base = prompt(ctx.facts(), 7, 69);
+    let changed = |positions: &[usize]| {
+        let mut tokens = base.clone();
+        positions.iter().for_each(|&i| tokens[i] = other_token(ctx.facts(), tokens[i]));
+        tokens
+    };
+    let mut swapped = base.clone();
+    swapped.swap(2, 4);
+    let longer = [&base[..], &prompt(ctx.facts(), 2, 68)].concat();
+    vec![
+        ("the prompt", base.clone()),
+        ("another token in the middle", changed(&[3])),
+        ("another beginning", changed(&[0])),
+        ("another end", changed(&[6])),
+        ("the same tokens in another order", swapped),
+        ("another second half", changed(&[4, 5, 6])),
+        ("the first half", base[..4].to_vec()),
+        ("the prompt and more", longer),
+    ]
+}
+
+fn lookalikes(ctx: &mut Context<'_>) -> CheckResult {
+    fn answers(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<(Vec<f32>, Vec<f32>, Vec<u32>), Stop> {
+        let cached = chunked(engine, tokens, &[tokens.len()], &mut KVCache::new(16))?;
+        Ok((logits_of(engine, tokens)?.data, cached, generate(engine, tokens, 5, &plain(69))?.generated_tokens))
+    }
+    let mut engine = ctx.engine()?;
+    let prompts = alike(ctx);
+    let base = prompts[0].1.clone();
+    for (what, tokens) in &prompts {
+        let (logits, cached, made) = answers(ctx.engine()?.as_mut(), tokens)?;
+        // The prompt comes before each of the others, which then follow something like themselves.
+        answers(engine.as_mut(), &base)?;
+        let seen = answers(engine.as_mut(), tokens)?;
+        ctx.check_bits(format!("logits of {what}, after the prompt"), &seen.0, &logits);
+        ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen.1, &cached);
+        ctx.check_slices(format!("tokens from {what}, after the prompt"), &seen.2, &made);
     }
     Ok(())
 }

@@ -1,13 +1,14 @@
 //! The cache is invisible in the logits, exact in its length, and untouched by errors.
 
+use super::edit::Model;
 use super::support::{
-    EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, length, logits_of, prompt,
-    same_logits, try_forward,
+    EDIT_MODEL, Logits, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_instability, is_invalid_token, length,
+    logits_of, prompt, same_logits, try_forward,
 };
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
-use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache};
+use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache, Tensor};
 
 const KV: Category = Category::KvCache;
 
@@ -69,6 +70,14 @@ pub(super) const CHECKS: &[Check] = &[
         errors_change_nothing,
     ),
     Check::new(
+        "KV-6",
+        "kv_cache/failed_pass_changes_nothing",
+        KV,
+        "the same where the pass itself fails on numbers",
+        failed_pass_changes_nothing,
+    )
+    .on(ModelSet::Only(EDIT_MODEL)),
+    Check::new(
         "KV-7",
         "kv_cache/foreign_cache",
         KV,
@@ -117,6 +126,13 @@ fn chunked_is_whole(ctx: &mut Context<'_>) -> CheckResult {
         }
         same_logits(ctx, Axis::Chunking, format!("logits in chunks {sizes:?}"), &data, &whole.data);
     }
+    // The other type of ids goes the same way.
+    let (mut cache, mut data) = (KVCache::new(16), Vec::new());
+    for piece in [&tokens[..4], &tokens[4..5], &tokens[5..]] {
+        let wide = ids(&[piece.to_vec()], &engine.device().clone())?.to_dtype(DType::I64)?;
+        data.extend(Logits::of(&engine.forward(&wide, Some(&mut cache))?)?.data);
+    }
+    same_logits(ctx, Axis::Chunking, "logits of i64 ids in chunks", &data, &whole.data);
     Ok(())
 }
 
@@ -184,12 +200,45 @@ fn truncate_and_replay(ctx: &mut Context<'_>) -> CheckResult {
         let expected: Vec<f32> = (kept..10).flat_map(|t| straight.row(0, t).to_vec()).collect();
         same_logits(ctx, Axis::Chunking, format!("logits after truncate({kept})"), &rest.data, &expected);
     }
+    // Twice in one session, with a step between; to its own length and beyond nothing happens.
+    let mut cache = KVCache::new(10);
+    forward(engine.as_mut(), &[[&tokens[..3], &wrong[3..8]].concat()], Some(&mut cache))?;
+    for (len, left) in [(20, 8), (8, 8), (6, 6)] {
+        cache.truncate(len);
+        check_len(ctx, &format!("of 8 after truncate({len})"), &cache, left);
+    }
+    forward(engine.as_mut(), &[vec![wrong[9]]], Some(&mut cache))?;
+    cache.truncate(3);
+    let rest = chunked(engine.as_mut(), &tokens[3..], &[1, 1, 5], &mut cache)?;
+    same_logits(ctx, Axis::Chunking, "logits after two truncations", &rest, &straight.data[3 * straight.vocab..]);
+    if ctx.capabilities().batch {
+        truncated_batch(ctx, engine.as_mut(), &[tokens, wrong])?;
+    }
+    Ok(())
+}
+
+/// Two sequences, each with the other's end, truncated to 4 positions and replayed with its own.
+fn truncated_batch(ctx: &mut Context<'_>, engine: &mut dyn BitNetInference, rows: &[Vec<u32>; 2]) -> CheckResult {
+    let whole = forward(engine, rows, None)?;
+    let mut cache = KVCache::new(10);
+    let crossed = [[&rows[0][..4], &rows[1][4..]].concat(), [&rows[1][..4], &rows[0][4..]].concat()];
+    forward(engine, &crossed, Some(&mut cache))?;
+    cache.truncate(4);
+    let seen = forward(engine, &[rows[0][4..].to_vec(), rows[1][4..].to_vec()], Some(&mut cache))?;
+    for row in 0..2 {
+        let expected = &whole.sequence(row)[4 * whole.vocab..];
+        let what = format!("logits of sequence {row} of two after truncate(4)");
+        same_logits(ctx, Axis::Chunking, what, seen.sequence(row), expected);
+    }
+    check_len(ctx, "of two sequences", &cache, 10);
     Ok(())
 }
 
 fn clear_and_reset(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let (a, b) = (prompt(ctx.facts(), 7, 49), prompt(ctx.facts(), 5, 50));
+    // There is nothing to forget yet, and nothing goes wrong.
+    engine.reset()?;
     let mut fresh = KVCache::new(8);
     let expected = forward(engine.as_mut(), std::slice::from_ref(&b), Some(&mut fresh))?;
     let mut cache = KVCache::new(8);
@@ -265,9 +314,69 @@ fn errors_change_nothing(ctx: &mut Context<'_>) -> CheckResult {
     ctx.check(result.is_err(), "ids of rank 1 are refused", "they were accepted");
     check_len(ctx, "after ids of rank 1", &cache, 3);
 
+    let negative = Tensor::from_vec(vec![i64::from(tokens[3]), -1], (1, 2), &device)?;
+    let result = engine.forward(&negative, Some(&mut cache));
+    ctx.expect_error("a negative id", result, is_invalid_token, "TokenizationError::InvalidToken");
+    check_len(ctx, "after a negative id", &cache, 3);
+    let nothing = Tensor::zeros((1, 0), DType::U32, &device)?;
+    ctx.check(engine.forward(&nothing, Some(&mut cache)).is_err(), "no ids are refused", "they were accepted");
+    check_len(ctx, "after no ids", &cache, 3);
+
     let rest = forward(engine.as_mut(), &[tokens[3..].to_vec()], Some(&mut cache))?;
     let expected: Vec<f32> = (3..8).flat_map(|t| whole.row(0, t).to_vec()).collect();
-    same_logits(ctx, Axis::Chunking, "logits after three refused calls", &rest.data, &expected);
+    same_logits(ctx, Axis::Chunking, "logits after five refused calls", &rest.data, &expected);
+
+    // The first call may be the one that is refused.
+    let mut cache = KVCache::new(8);
+    let result = try_forward(engine.as_mut(), &[vec![tokens[0], tokens[1], vocab]], Some(&mut cache))?;
+    ctx.expect_error("a bad id in the first call", result, is_invalid_token, "TokenizationError::InvalidToken");
+    check_len(ctx, "after a bad id in the first call", &cache, 0);
+    let first = forward(engine.as_mut(), &[tokens.clone()], Some(&mut cache))?;
+    same_logits(ctx, Axis::Chunking, "logits of the first call that is not refused", &first.data, &whole.data);
+    if ctx.capabilities().batch {
+        let rows = [tokens.clone(), prompt(ctx.facts(), 8, 59)];
+        let whole = forward(engine.as_mut(), &rows, None)?;
+        let mut cache = KVCache::new(8);
+        forward(engine.as_mut(), &rows.each_ref().map(|row| row[..3].to_vec()), Some(&mut cache))?;
+        let bad = [tokens[3..5].to_vec(), vec![tokens[3], vocab]];
+        let result = try_forward(engine.as_mut(), &bad, Some(&mut cache))?;
+        ctx.expect_error("a bad id in the second row", result, is_invalid_token, "TokenizationError::InvalidToken");
+        check_len(ctx, "after a bad id in the second row", &cache, 3);
+        let rest = forward(engine.as_mut(), &rows.each_ref().map(|row| row[3..].to_vec()), Some(&mut cache))?;
+        for row in 0..2 {
+            let what = format!("logits of row {row} after a bad id in the second");
+            let expected = &whole.sequence(row)[3 * whole.vocab..];
+            same_logits(ctx, Axis::Chunking, what, rest.sequence(row), expected);
+        }
+    }
+    Ok(())
+}
+
+fn failed_pass_changes_nothing(ctx: &mut Context<'_>) -> CheckResult {
+    // Behind the final norm nothing scales down again: the logits leave the range of a float.
+    let mut model = Model::read(ctx.model().dir())?;
+    model.tensor("model.norm.weight")?.fill(3e38)?;
+    let head = model.head_name();
+    let values: Vec<f32> = model.tensor(head)?.floats()?.iter().map(|v| v * 1e3).collect();
+    model.tensor(head)?.set_floats(&values)?;
+    let dir = ctx.scratch().join("overflow");
+    model.write(&dir)?;
+    let Ok(mut broken) = ctx.factory().create(&ctx.model().relocated(&dir)) else {
+        ctx.check(true, "refused at loading", "");
+        return Ok(());
+    };
+    let tokens = prompt(ctx.facts(), 5, 58);
+    let mut cache = KVCache::new(8);
+    for piece in [&tokens[..3], &tokens[..1]] {
+        let result = try_forward(broken.as_mut(), &[piece.to_vec()], Some(&mut cache))?;
+        ctx.expect_error("logits that overflow", result, is_instability, "NumericalInstability");
+        check_len(ctx, "after a pass that failed", &cache, 0);
+    }
+    // What the pass left is nobody's.
+    let mut engine = ctx.engine()?;
+    let expected = forward(engine.as_mut(), std::slice::from_ref(&tokens), Some(&mut KVCache::new(8)))?;
+    let seen = forward(engine.as_mut(), &[tokens], Some(&mut cache))?;
+    ctx.check_bits("logits of a sound engine with that cache", &seen.data, &expected.data);
     Ok(())
 }
 
@@ -283,6 +392,32 @@ fn foreign_cache(ctx: &mut Context<'_>) -> CheckResult {
     let result = try_forward(other.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
     ctx.expect_error("a cache of another model", result, is_cache_error, "ForwardPassError::KVCacheError");
     check_len(ctx, "after the other model refused it", &cache, 4);
+
+    // The same shapes do not make it the same model.
+    let mut like = Model::read(ctx.model().dir())?;
+    like.tensor("model.layers.0.self_attn.k_proj.weight_scale")?.fill(3.0)?;
+    let dir = ctx.scratch().join("same-shape");
+    like.write(&dir)?;
+    let mut like = ctx.factory().create(&ctx.model().relocated(&dir))?;
+    let result = try_forward(like.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
+    ctx.expect_error("a cache of a model of the same shape", result, is_cache_error, "ForwardPassError::KVCacheError");
+    check_len(ctx, "after the model of the same shape refused it", &cache, 4);
+
+    // Another engine on the same model may take it or not, and if it does it goes on where the first one was.
+    let mut twin = ctx.engine()?;
+    match try_forward(twin.as_mut(), &[vec![tokens[4]]], Some(&mut cache))? {
+        Ok(output) => {
+            let seen = Logits::of(&output)?;
+            let what = "logits of another engine with the cache of the first";
+            same_logits(ctx, Axis::Chunking, what, &seen.data, whole.row(0, 4));
+            check_len(ctx, "after another engine took it", &cache, 5);
+            cache.truncate(4);
+        }
+        Err(error) => {
+            ctx.check(is_cache_error(&error), "KVCacheError of another engine", format!("{error:?}"));
+            check_len(ctx, "after another engine refused it", &cache, 4);
+        }
+    }
     let rest = forward(engine.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
     let expected: Vec<f32> = (4..6).flat_map(|t| whole.row(0, t).to_vec()).collect();
     same_logits(ctx, Axis::Chunking, "logits of the owner afterwards", &rest.data, &expected);
@@ -373,10 +508,17 @@ fn two_caches(ctx: &mut Context<'_>) -> CheckResult {
         alone.push(steps(engine.as_mut(), sequence)?);
     }
     let mut caches = [KVCache::new(6), KVCache::new(6)];
+    let mut places = [0, 1];
     let mut together = [Vec::new(), Vec::new()];
-    for (&a, &b) in tokens[0].iter().zip(&tokens[1]) {
+    for (step, (&a, &b)) in tokens[0].iter().zip(&tokens[1]).enumerate() {
+        if step == 3 {
+            // A session is in its cache, wherever that lies.
+            caches.swap(0, 1);
+            places.swap(0, 1);
+        }
         for (session, token) in [a, b].into_iter().enumerate() {
-            together[session].extend(forward(engine.as_mut(), &[vec![token]], Some(&mut caches[session]))?.data);
+            let cache = &mut caches[places[session]];
+            together[session].extend(forward(engine.as_mut(), &[vec![token]], Some(cache))?.data);
         }
     }
     for session in 0..2 {

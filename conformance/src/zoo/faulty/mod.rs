@@ -10,6 +10,11 @@ mod generation;
 mod penalties;
 mod sampling;
 mod text;
+mod batch;
+mod cache;
+mod concurrency;
+mod determinism;
+mod state;
 
 use super::Fault;
 
@@ -26,6 +31,11 @@ pub fn all() -> Vec<Fault> {
         ("claims", claims::FAULTS),
         ("resources", resources::FAULTS),
         ("times", times::FAULTS),
+        ("cache", cache::FAULTS),
+        ("state", state::FAULTS),
+        ("determinism", determinism::FAULTS),
+        ("batch", batch::FAULTS),
+        ("concurrency", concurrency::FAULTS),
     ];
     classes
         .iter()

@@ -2,6 +2,7 @@
 
 mod errors;
 mod sampling;
+mod state;
 
 use super::HonestVariant;
 use super::naive::Honest;
@@ -26,5 +27,5 @@ pub fn all() -> Vec<HonestVariant> {
             make: || Arc::new(Honest),
         },
     ];
-    plain.iter().chain(sampling::VARIANTS).chain(errors::VARIANTS).cloned().collect()
+    plain.iter().chain(state::VARIANTS).chain(sampling::VARIANTS).chain(errors::VARIANTS).cloned().collect()
 }

@@ -3,14 +3,15 @@
 //! There are two kinds. Inner points stand inside the forward pass and the sampler: one number, one row, one choice. Outer
 //! points stand around a whole call of the contracts and may do before, after or instead of it what they like.
 
+use super::cache::Sequence;
 use super::engine::Naive;
 use super::sampler::{self, SplitMix, Step};
 use super::weights::Weights;
 use crate::backend::{Capabilities, CreateOptions};
 use crate::model::ModelFixture;
 use bitnet_contracts::{
-    BitNetInference, ConfigurationError, Device, FinishReason, ForwardPassMetrics, GenerationConfig, GenerationResult,
-    InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
+    BitNetInference, CacheOwner, ConfigurationError, Device, FinishReason, ForwardPassMetrics, GenerationConfig,
+    GenerationResult, InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
 };
 use std::path::Path;
 
@@ -445,6 +446,15 @@ pub trait Deviation: Send + Sync + 'static {
 
     /// Metrics of a forward pass, before the caller sees them.
     fn metrics(&self, metrics: &mut ForwardPassMetrics, call: &Call) {}
+
+    /// Whose caches those of an engine are.
+    fn owner(&self, owner: CacheOwner, weights: &Weights) -> CacheOwner {
+        owner
+    }
+
+    /// Room for new positions of one sequence, before they are computed: `width` values of keys and as many of values
+    /// each, up to `capacity` in all.
+    fn make_room(&self, sequence: &mut Sequence, width: usize, positions: usize, capacity: usize) {}
 
     /// An error of a call, before the caller sees it.
     fn error(&self, error: InferenceError) -> InferenceError {

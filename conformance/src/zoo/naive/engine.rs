@@ -85,6 +85,10 @@ impl Naive {
             let (parameter, valid_range) = ("threads".to_string(), "1 or more".to_string());
             return Err(ConfigurationError::InvalidParameter { parameter, value: "0".to_string(), valid_range }.into());
         }
+        if let Some(name) = &options.isa {
+            let reason = format!("there is one instruction set and no choice, and {name:?} was asked for");
+            return Err(ConfigurationError::IncompatibleConfig { reason }.into());
+        }
         let mut weights = deviation.load(model)?;
         if let Some(place) = weights.not_finite().filter(|_| deviation.checks_weights()) {
             let reason = format!("{}: NaN or infinity in {place}", path());
@@ -103,6 +107,7 @@ impl Naive {
             false => None,
         };
         let owner = CacheOwner { backend: "naive".to_string(), model: NEXT_MODEL.fetch_add(1, Ordering::Relaxed) };
+        let owner = deviation.owner(owner, &weights);
         let (device, peak) = (deviation.device(), weights.bytes());
         let shared = Arc::new(Shared {
             weights,
@@ -132,7 +137,10 @@ impl Naive {
     }
 
     /// The rows of an input tensor, every id checked.
-    fn rows(&self, ids: &Tensor) -> Result<Vec<Vec<u32>>> {
+    ///
+    /// # Errors
+    /// What `forward` says of an input that is none.
+    pub fn rows(&self, ids: &Tensor) -> Result<Vec<Vec<u32>>> {
         let validator = self.validator();
         validator.validate_input_tensor(ids, &[0, 0])?;
         if ids.elem_count() == 0 {
@@ -178,6 +186,7 @@ impl Naive {
         let layers = shared.weights.layers.len();
         let fresh = || NaiveCache { sequences: vec![Sequence::new(layers); batch], ..NaiveCache::default() };
         let cached = cache.is_some();
+        let capacity = cache.as_ref().map_or(seq, |c| c.capacity()).min(self.config.max_position_embeddings);
         let mut local = fresh();
         let held = match cache.as_deref_mut() {
             None => &mut local,
@@ -212,6 +221,10 @@ impl Naive {
             call: &call,
             clock: &clock,
         };
+        let width = shared.weights.facts.kv_heads * shared.weights.facts.head_dim;
+        for sequence in &mut held.sequences {
+            shared.deviation.make_room(sequence, width, seq, capacity);
+        }
         let mut made: Vec<Rows> = Vec::with_capacity(batch);
         for (index, (sequence, tokens)) in held.sequences.iter_mut().zip(&rows).enumerate() {
             match pass.run(sequence, index, tokens, shared.options.output_attentions) {
