@@ -85,10 +85,6 @@ impl Naive {
             let (parameter, valid_range) = ("threads".to_string(), "1 or more".to_string());
             return Err(ConfigurationError::InvalidParameter { parameter, value: "0".to_string(), valid_range }.into());
         }
-        if let Some(name) = &options.isa {
-            let reason = format!("there is one instruction set and no choice, and {name:?} was asked for");
-            return Err(ConfigurationError::IncompatibleConfig { reason }.into());
-        }
         let mut weights = deviation.load(model)?;
         if let Some(place) = weights.not_finite().filter(|_| deviation.checks_weights()) {
             let reason = format!("{}: NaN or infinity in {place}", path());
