@@ -1,8 +1,9 @@
 //! The checks: one file a category, one function a check, one number of `SPEC.md` each.
 //!
-//! They are written against the contracts alone. What they share is in three places: `support` makes calls, `stats`
-//! and `table` are the arithmetic of their verdicts, `edit` makes the models that lie.
+//! They are written against the contracts alone. What they share is in a few places: `support` makes calls, `stats`
+//! and `table` are the arithmetic of their verdicts, `edit` makes the models that lie, `truth` says what is right on them.
 
+mod arithmetic;
 mod batch;
 mod causality;
 mod concurrency;
@@ -14,6 +15,7 @@ mod golden;
 mod hostile;
 mod kv_cache;
 mod memory;
+mod models;
 mod numerics;
 mod sampling;
 mod shape;
@@ -21,6 +23,7 @@ mod sla;
 mod stats;
 mod support;
 mod table;
+mod truth;
 
 use crate::case::Check;
 
@@ -29,7 +32,9 @@ pub fn all() -> Vec<Check> {
     [
         shape::CHECKS,
         numerics::CHECKS,
+        arithmetic::CHECKS,
         golden::CHECKS,
+        models::CHECKS,
         causality::CHECKS,
         kv_cache::CHECKS,
         determinism::CHECKS,

@@ -1,6 +1,5 @@
 //! Service levels, held with real measurements of verified output.
 
-use super::stats::Rows;
 use super::support::{forward, generate, greedy, ids, logits_of, mix, prompt, same_greedy, same_logits, until_eos};
 use crate::case::{Category, Check, CheckResult, Context, Stop};
 use crate::measure;
@@ -9,7 +8,6 @@ use crate::tolerance;
 use bitnet_contracts::{
     BitNetInference, ForwardPassMetrics, GenerationConfig, KVCache, PerformanceContract, PerformanceMonitor,
 };
-use golden::Derivation;
 use std::time::{Duration, Instant};
 
 const SLA: Category = Category::Sla;
@@ -50,13 +48,6 @@ pub(super) const CHECKS: &[Check] = &[
     )
     .exclusive()
     .within(180),
-    Check::new(
-        "SLA-5",
-        "sla/accuracy",
-        SLA,
-        "the monitor's accuracy contract holds for the worst golden position",
-        accuracy,
-    ),
 ];
 
 /// Decode steps that one measurement takes.
@@ -236,28 +227,5 @@ fn determinism_is_free(ctx: &mut Context<'_>) -> CheckResult {
     let ratio = best(&fixed) / best(&sampled);
     ctx.timing("deterministic_cost", ratio);
     ctx.check_at_most("time of deterministic over free sampling", ratio, tolerance::DETERMINISTIC_COST);
-    Ok(())
-}
-
-fn accuracy(ctx: &mut Context<'_>) -> CheckResult {
-    if ctx.model().golden.is_none() {
-        return Err(Stop::Unsupported("golden data for this model".to_string()));
-    }
-    let golden = ctx.golden()?;
-    let mut engine = ctx.engine()?;
-    let mut rows = Rows::default();
-    for prompt in &golden.prompts {
-        for (row, tokens) in prompt.input_ids.iter().enumerate() {
-            let size = prompt.seq * prompt.vocab;
-            let expected = prompt.logits(golden::Semantics::Fp32, Derivation::Transformers);
-            let Some(expected) = expected.get(row * size..(row + 1) * size) else { continue };
-            rows.add(&logits_of(engine.as_mut(), tokens)?.data, expected, prompt.vocab);
-        }
-    }
-    ctx.compared(rows.len());
-    let (_, worst) = rows.worst_pearson();
-    let mut monitor = PerformanceMonitor::new(PerformanceContract::default());
-    ctx.check_ok(format!("validate_accuracy({worst:.6})"), monitor.validate_accuracy(worst as f32));
-    ctx.measure_min(measure::WORST_CORRELATION, worst);
     Ok(())
 }

@@ -104,11 +104,6 @@ impl Rows {
     pub(super) fn mean(&self, figure: fn(&RowStats) -> f64) -> f64 {
         self.rows.iter().map(figure).sum::<f64>() / self.rows.len() as f64
     }
-
-    /// The share of rows whose largest difference is at most `limit`.
-    pub(super) fn share_within(&self, limit: f64) -> f64 {
-        self.rows.iter().filter(|r| r.max_abs <= limit).count() as f64 / self.rows.len() as f64
-    }
 }
 
 /// Natural logarithms of the softmax of a row.
