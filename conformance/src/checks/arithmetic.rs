@@ -62,9 +62,9 @@ fn fill(model: &mut Model, part: &str, value: f32) -> CheckResult {
 }
 
 /// Every code 127, and rows of `down_proj` that are all one, all minus one, half and half, and alternating: sums of up to
-/// 8448 × 127, far beyond 16 bits in any of 32 lanes, and sums that cancel only when they are whole.
+/// 8704 × 127, far beyond 16 bits in any of 32 lanes, and sums that cancel only when they are whole.
 fn saturated_sums(ctx: &mut Context<'_>) -> CheckResult {
-    const WIDE: usize = 8448;
+    const WIDE: usize = 8704;
     let spec = Spec { ffn: WIDE, layers: 1, heads: 2, vocab: 16, ..SMALL };
     let mut model = synthetic(ctx, "saturated", &spec)?;
     set_trits(&mut model, "proj", |_, _| 1)?;
@@ -100,7 +100,7 @@ fn small_inputs(ctx: &mut Context<'_>) -> CheckResult {
 /// A first norm that gives 127 and halves: the factor is exactly 1 however it is computed, and each half an exact tie.
 /// Rows that add up all ties of one sign are twice as large where ties go away from zero.
 fn rounding_ties(ctx: &mut Context<'_>) -> CheckResult {
-    let spec = Spec { hidden: 128, ffn: 44, layers: 1, vocab: 16, ..SMALL };
+    let spec = Spec { hidden: 128, ffn: 48, layers: 1, vocab: 16, ..SMALL };
     let mut model = synthetic(ctx, "ties", &spec)?;
     // So small that the norm of a row of ones is exactly that row.
     model.set("rms_norm_eps", json!(1e-12));

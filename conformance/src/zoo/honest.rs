@@ -1,5 +1,7 @@
 //! Engines that are right in another way. The suite must pass every one: a false alarm is a defect like any other.
 
+mod arithmetic;
+
 use super::HonestVariant;
 use super::naive::Honest;
 use crate::backend::Semantics;
@@ -7,7 +9,7 @@ use std::sync::Arc;
 
 /// All of them.
 pub fn all() -> Vec<HonestVariant> {
-    vec![
+    let mut all = vec![
         HonestVariant {
             name: "plain",
             what: "the naive engine as it is",
@@ -22,5 +24,7 @@ pub fn all() -> Vec<HonestVariant> {
             semantics: Semantics::Fp32,
             make: || Arc::new(Honest),
         },
-    ]
+    ];
+    all.extend_from_slice(arithmetic::VARIANTS);
+    all
 }
