@@ -136,6 +136,16 @@ fn fresh_engine(ctx: &mut Context<'_>) -> CheckResult {
     ctx.check_slices("tokens of a second engine", &seen, &expected);
     let seen = logits_of(second.as_mut(), &tokens)?;
     ctx.check_bits("logits of the second engine without the first", &seen.data, &logits.data);
+    // Blocks of NaN of many sizes, freed again: whoever reads memory that it did not write reads NaN.
+    let expected = logits_of(second.as_mut(), &tokens)?;
+    for round in 0..3 {
+        let blocks: Vec<Vec<f32>> = (6..18).map(|size| vec![f32::NAN; (1 << size) + round]).collect();
+        drop(std::hint::black_box(blocks));
+        let seen = logits_of(ctx.engine()?.as_mut(), &tokens)?;
+        ctx.check_bits("logits of a fresh engine on used memory", &seen.data, &expected.data);
+        let seen = logits_of(second.as_mut(), &tokens)?;
+        ctx.check_bits("logits of the second engine on used memory", &seen.data, &expected.data);
+    }
     Ok(())
 }
 

@@ -1,9 +1,10 @@
 //! The checks: one file a category, one function a check, one number of `SPEC.md` each.
 //!
 //! They are written against the contracts alone. Where a backend declares that it lacks what a check needs, a probe of
-//! `probes` runs in its place. What they share is in three places: `support` makes calls, `stats`
-//! and `table` are the arithmetic of their verdicts, `edit` makes the models that lie.
+//! `probes` runs in its place. What they share is in a few places: `support` makes calls, `stats` and `table` are the
+//! arithmetic of their verdicts, `edit` makes the models that lie, `truth` says what is right on them.
 
+mod arithmetic;
 mod batch;
 mod causality;
 mod concurrency;
@@ -15,6 +16,7 @@ mod golden;
 mod hostile;
 mod kv_cache;
 mod memory;
+mod models;
 mod numerics;
 mod penalties;
 pub mod probes;
@@ -27,6 +29,7 @@ mod stats;
 mod support;
 mod table;
 mod text;
+mod truth;
 
 use crate::case::Check;
 pub(crate) use probes::run;
@@ -36,7 +39,9 @@ pub fn all() -> Vec<Check> {
     [
         shape::CHECKS,
         numerics::CHECKS,
+        arithmetic::CHECKS,
         golden::CHECKS,
+        models::CHECKS,
         causality::CHECKS,
         kv_cache::CHECKS,
         determinism::CHECKS,

@@ -66,7 +66,7 @@ impl Truth {
             apart = apart.max(max_abs_diff(&beside, &logits));
             reach = logits.iter().fold(reach, |m, x| m.max(x.abs()));
             // In fp32 semantics nothing is rounded to codes, and the tie stays at its start.
-            let firm = self.noise == Noise::F32 && own.closest_tie > tolerance::FUZZ_TIE;
+            let firm = self.noise == Noise::F32 && own.nearest_tie > tolerance::FUZZ_TIE;
             rows.push(Row { logits, firm, gap, apart, reach });
         }
         Ok(rows)
@@ -91,7 +91,7 @@ impl Truth {
                 let limit = tolerance::FP32_LOGIT.limit() * row.reach.max(tolerance::FUZZ_SMALL_REACH);
                 limit.max(tolerance::FUZZ_FP32_OF_GAP * row.apart)
             }
-            Semantics::W158A8 => tolerance::A8_ROW.limit().max(tolerance::FUZZ_A8_RELATIVE * row.reach),
+            Semantics::W158A8 => tolerance::FUZZ_A8_ABS.max(tolerance::FUZZ_A8_RELATIVE * row.reach),
         }
     }
 

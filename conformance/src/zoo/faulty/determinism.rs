@@ -4,7 +4,7 @@ use super::super::Fault;
 use super::super::naive::{At, Deviation, Naive, Site, Weights};
 use super::cache::{length, shape};
 use super::state::lock;
-use crate::backend::CreateOptions;
+use crate::backend::{Capabilities, CreateOptions};
 use bitnet_contracts::{DType, Device, GenerationConfig, GenerationResult, InferenceOutput, KVCache, Result, Tensor};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
@@ -235,7 +235,7 @@ impl Deviation for Deterministic {
 struct AnyInstructionSet;
 
 impl Deviation for AnyInstructionSet {
-    fn options(&self, options: &CreateOptions) -> Result<CreateOptions> {
+    fn options(&self, options: &CreateOptions, _: &Capabilities) -> Result<CreateOptions> {
         Ok(CreateOptions { isa: None, ..options.clone() })
     }
 }

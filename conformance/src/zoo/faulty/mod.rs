@@ -1,27 +1,33 @@
 //! Faults that real engines have had, one file a class. Each names its source and the check that is there to catch it.
 
 mod architecture;
+mod batch;
+mod cache;
 mod claims;
-mod resources;
-mod times;
+mod concurrency;
+mod determinism;
 mod errors;
 mod files;
 mod generation;
+mod numbers;
+mod outputs;
 mod penalties;
+mod resources;
 mod sampling;
-mod text;
-mod batch;
-mod cache;
-mod concurrency;
-mod determinism;
 mod state;
+mod text;
+mod times;
+mod weights;
 
 use super::Fault;
 
 /// Every fault, by class.
 pub fn all() -> Vec<Fault> {
     let classes: &[(&'static str, &'static [Fault])] = &[
+        ("weights", weights::FAULTS),
         ("architecture", architecture::FAULTS),
+        ("numbers", numbers::FAULTS),
+        ("outputs", outputs::FAULTS),
         ("sampling", sampling::FAULTS),
         ("penalties", penalties::FAULTS),
         ("generation", generation::FAULTS),

@@ -1,5 +1,6 @@
 //! Engines that are right in another way. The suite must pass every one: a false alarm is a defect like any other.
 
+mod arithmetic;
 mod errors;
 mod sampling;
 mod state;
@@ -27,5 +28,6 @@ pub fn all() -> Vec<HonestVariant> {
             make: || Arc::new(Honest),
         },
     ];
-    plain.iter().chain(state::VARIANTS).chain(sampling::VARIANTS).chain(errors::VARIANTS).cloned().collect()
+    let themes = [arithmetic::VARIANTS, state::VARIANTS, sampling::VARIANTS, errors::VARIANTS];
+    plain.iter().chain(themes.into_iter().flatten()).cloned().collect()
 }

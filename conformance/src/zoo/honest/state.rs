@@ -1,12 +1,11 @@
 //! Other ways to keep what is kept: caches, prompts, batches, locks, and next to nothing.
 
 use super::super::HonestVariant;
-use super::super::naive::{At, Deviation, Naive, Sequence, Weights};
-use crate::backend::{Capabilities, CreateOptions, Semantics};
+use super::super::naive::{At, Deviation, Honest, Naive, Sequence};
+use crate::backend::{Capabilities, Semantics};
 use crate::invariance::Invariance;
 use bitnet_contracts::{
-    CacheStorage, ConfigurationError, ForwardPassError, GenerationConfig, GenerationResult, InferenceOutput, KVCache,
-    Result, Tensor,
+    CacheStorage, ForwardPassError, GenerationConfig, GenerationResult, InferenceOutput, KVCache, Result, Tensor,
 };
 use std::any::Any;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -76,7 +75,7 @@ pub(super) const VARIANTS: &[HonestVariant] = &[
         what: "one sequence, one thread, one caller, no text, no optional output, all of it declared",
         declare: |c| Capabilities::new(c.semantics),
         semantics: A8,
-        make: || Arc::new(NothingOptional),
+        make: || Arc::new(Honest),
     },
 ];
 
@@ -290,50 +289,5 @@ impl Deviation for OneLock {
     ) -> Result<GenerationResult> {
         let _turn = lock(&self.0);
         engine.honest_generate(prompt, max_tokens, config)
-    }
-}
-
-struct NothingOptional;
-
-fn refused(reason: &str) -> bitnet_contracts::InferenceError {
-    ConfigurationError::IncompatibleConfig { reason: reason.to_string() }.into()
-}
-
-impl Deviation for NothingOptional {
-    fn options(&self, options: &CreateOptions) -> Result<CreateOptions> {
-        match *options == CreateOptions::default() {
-            true => Ok(options.clone()),
-            false => Err(refused("there are no options")),
-        }
-    }
-
-    fn weights(&self, weights: &mut Weights) {
-        weights.facts.has_tokenizer = false;
-    }
-
-    fn thread_safe(&self) -> bool {
-        false
-    }
-
-    fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
-        if engine.rows(ids)?.len() > 1 {
-            let reason = "one sequence at a time".to_string();
-            return Err(ForwardPassError::InvalidInput { reason }.into());
-        }
-        engine.honest_forward(ids, cache)
-    }
-
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        let plain = GenerationConfig { stop_sequences: Vec::new(), ..config.clone() };
-        if config.stop_sequences.is_empty() {
-            return engine.honest_generate(prompt, max_tokens, &plain);
-        }
-        Err(refused("stop_sequences are text, and there is none"))
     }
 }

@@ -11,7 +11,8 @@ use crate::backend::{Capabilities, CreateOptions};
 use crate::model::ModelFixture;
 use bitnet_contracts::{
     BitNetInference, CacheOwner, ConfigurationError, Device, FinishReason, ForwardPassMetrics, GenerationConfig,
-    GenerationResult, InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
+    GenerationResult, InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result,
+    Tensor,
 };
 use std::path::Path;
 
