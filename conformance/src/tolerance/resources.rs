@@ -1,7 +1,7 @@
 //! The limits of the memory and service level checks.
 
 /// How much more than its capacity times 2 x layers x kv heads x head_dim values of eight bytes a cache may hold: room
-/// taken ahead of need by a vector that doubles.
+/// taken ahead of need by a vector that doubles. What the metrics say of a cache may differ from its own word by the same.
 pub const CACHE_SLACK: f64 = 2.0;
 
 /// How far `flops_estimate` may be from twice the weights that a token meets, times the tokens, as a factor either way.
