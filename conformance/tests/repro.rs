@@ -275,9 +275,9 @@ fn a_hanging_check_is_shrunk() -> TestResult {
 
 fn what_no_synthetic_model_shows_names_its_model() -> TestResult {
     let (suite, runner) = (suite()?, Runner::new()?);
-    let text = shrunk(&suite, &runner, "forgets-the-last", "tiny", "golden/decode")?;
+    let text = shrunk(&suite, &runner, "forgets-the-last", "context-32", "golden/decode")?;
     let Reproducer::Check(case) = Reproducer::from_json(&text)? else { return Err("not a check".into()) };
-    ensure(case.model == ModelChoice::BuiltIn("tiny".to_string()), &text)?;
+    ensure(case.model == ModelChoice::BuiltIn("context-32".to_string()), &text)?;
     shows(&suite, &runner, &text, "forgets-the-last", Verdict::Fail)
 }
 
