@@ -19,6 +19,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+/// Time to shrink to the end, on a busy machine too.
+const AMPLE: Duration = Duration::from_secs(120);
+
 type TestResult = Result<(), Failed>;
 
 /// What is wrong with a backend that is the oracle's otherwise.
@@ -136,6 +139,7 @@ fn ensure(holds: bool, what: impl std::fmt::Debug) -> TestResult {
 /// Fuzzes a faulty backend until it is found out; gives the reproducer's text.
 fn found(suite: &Suite, runner: &Runner, backend: &str) -> Result<(String, Reproducer), Failed> {
     let mut fuzzer = Fuzzer::new(suite, runner, vec![backend.to_string(), "oracle".to_string()], 1);
+    fuzzer.shrink_budget = AMPLE;
     for number in 0..60 {
         let iteration = fuzzer.iteration(number)?;
         if let Some(finding) = fuzzer.findings(&iteration).into_iter().next() {
@@ -214,6 +218,15 @@ fn a_crash_is_found_and_shrunk() -> TestResult {
 
 /// The first failing case of a faulty backend by a check, made smaller.
 fn shrunk(suite: &Suite, runner: &Runner, backend: &str, model: &str, check: &str) -> Result<String, Failed> {
+    shrunk_within(AMPLE, suite, runner, [backend, model, check])
+}
+
+fn shrunk_within(
+    budget: Duration,
+    suite: &Suite,
+    runner: &Runner,
+    [backend, model, check]: [&str; 3],
+) -> Result<String, Failed> {
     let selection = Selection {
         backends: vec![backend.to_string()],
         models: vec![model.to_string()],
@@ -221,7 +234,7 @@ fn shrunk(suite: &Suite, runner: &Runner, backend: &str, model: &str, check: &st
     };
     let case = suite.select(&selection)?.remove(0);
     let outcome = runner.run(&case).outcome;
-    let text = reproduce(suite, runner, &case, &outcome, Some(Duration::from_secs(10)));
+    let text = reproduce(suite, runner, &case, &outcome, Some(budget));
     Ok(text.ok_or_else(|| format!("no reproducer: {outcome:?}"))?)
 }
 
@@ -252,7 +265,9 @@ fn a_hanging_check_is_shrunk() -> TestResult {
     let checks: Vec<_> = checks.map(|check| check.within(3)).collect();
     ensure(checks.len() == 1, "the check is there")?;
     let (suite, runner) = (suite.with_checks(checks), Runner::new()?);
-    let text = shrunk(&suite, &runner, "hangs-on-six", "context-32", "numerics/finite")?;
+    // Every candidate that hangs takes its deadline.
+    let budget = Duration::from_secs(8);
+    let text = shrunk_within(budget, &suite, &runner, ["hangs-on-six", "context-32", "numerics/finite"])?;
     shows(&suite, &runner, &text, "hangs-on-six", Verdict::Timeout)?;
     let Reproducer::Check(case) = Reproducer::from_json(&text)? else { return Err("not a check".into()) };
     ensure(matches!(case.model, ModelChoice::Synthetic(_)), &text)
@@ -260,9 +275,9 @@ fn a_hanging_check_is_shrunk() -> TestResult {
 
 fn what_no_synthetic_model_shows_names_its_model() -> TestResult {
     let (suite, runner) = (suite()?, Runner::new()?);
-    let text = shrunk(&suite, &runner, "forgets-the-last", "tiny", "golden/decode")?;
+    let text = shrunk(&suite, &runner, "forgets-the-last", "context-32", "golden/decode")?;
     let Reproducer::Check(case) = Reproducer::from_json(&text)? else { return Err("not a check".into()) };
-    ensure(case.model == ModelChoice::BuiltIn("tiny".to_string()), &text)?;
+    ensure(case.model == ModelChoice::BuiltIn("context-32".to_string()), &text)?;
     shows(&suite, &runner, &text, "forgets-the-last", Verdict::Fail)
 }
 

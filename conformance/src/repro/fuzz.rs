@@ -10,7 +10,7 @@ use crate::suite::Suite;
 use crate::verdict::Outcome;
 use std::time::Duration;
 
-/// How long one finding is made smaller.
+/// How long one finding is made smaller, unless the caller says otherwise.
 const SHRINK_BUDGET: Duration = Duration::from_secs(15);
 
 /// A source of iterations: the same seed gives the same models and calls.
@@ -20,6 +20,8 @@ pub struct Fuzzer<'a> {
     backends: Vec<String>,
     seed: u64,
     known: Vec<(String, Signature)>,
+    /// How long one finding is made smaller.
+    pub shrink_budget: Duration,
     /// What all iterations so far did.
     pub tally: FuzzTally,
 }
@@ -71,7 +73,7 @@ impl<'a> Fuzzer<'a> {
     pub fn new(suite: &'a Suite, runner: &'a Runner, backends: Vec<String>, seed: u64) -> Self {
         let tally =
             FuzzTally { distances: backends.iter().map(|b| (b.clone(), 0.0)).collect(), ..FuzzTally::default() };
-        Self { suite, runner, backends, seed, known: Vec::new(), tally }
+        Self { suite, runner, backends, seed, known: Vec::new(), shrink_budget: SHRINK_BUDGET, tally }
     }
 
     /// Draws and plays one iteration.
@@ -129,7 +131,7 @@ impl<'a> Fuzzer<'a> {
                 case.semantics = factory.capabilities().semantics;
                 case.outcome = Observed::of(outcome);
             }
-            let mut shrinker = Shrinker::new(self.suite, self.runner, case, outcome, SHRINK_BUDGET);
+            let mut shrinker = Shrinker::new(self.suite, self.runner, case, outcome, self.shrink_budget);
             shrinker.shrink_schedule();
             findings.push(Finding {
                 iteration: iteration.number,

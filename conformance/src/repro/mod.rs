@@ -1,10 +1,10 @@
 //! Reproducers: a failing case made small, written down in two kilobytes, and run again; and the fuzzer that looks for
 //! such cases.
 //!
-//! A [`Reproducer`] names a check and a model, or a [`Schedule`] of calls and a synthetic model. [`shrink`] makes either
+//! A [`Reproducer`] names a check and a model, or a [`Schedule`] of calls and a synthetic model. A [`Shrinker`] makes either
 //! smaller for as long as the backend fails in the same way: it tries fewer layers, heads, sizes and tokens in a fixed
 //! order, each candidate in a worker process, so that crashes and hangs shrink like wrong answers. [`replay`] runs one.
-//! [`fuzz`] draws models and schedules from a seed and holds every answer to the oracle.
+//! A [`Fuzzer`] draws models and schedules from a seed and holds every answer to the oracle.
 
 mod command;
 mod draw;

@@ -60,7 +60,6 @@ pub fn reproduce(
         None => start,
         Some(budget) => {
             let mut shrinker = Shrinker::new(suite, runner, start, outcome, budget);
-            shrinker.find_control();
             shrinker.shrink_check(&case.model);
             shrinker.best
         }
@@ -164,6 +163,7 @@ impl<'a> Shrinker<'a> {
         if matches!(check.models, ModelSet::Golden) {
             return;
         }
+        self.find_control();
         if self.may_change_model(&check) {
             starts(model).into_iter().any(|start| self.attempt_model(&check, start));
         }
