@@ -83,10 +83,10 @@ fn every_token(ctx: &mut Context<'_>) -> CheckResult {
     ];
     let small = facts.vocab_size <= SMALL_VOCABULARY && facts.max_positions <= SHORT_CONTEXT;
     if small {
-        // All of the vocabulary, from its end, so that the last token is a first one; ends of text come last.
-        let (ends, mut all): (Vec<u32>, Vec<u32>) = (0..=last).rev().partition(|token| facts.eos.contains(token));
-        all.extend(ends);
-        prompts.extend(all.chunks(length).map(<[u32]>::to_vec));
+        // All of the vocabulary, from its end, so that the last token is a first one; ends of text by themselves.
+        let (ends, others): (Vec<u32>, Vec<u32>) = (0..=last).rev().partition(|token| facts.eos.contains(token));
+        prompts.extend(others.chunks(length).map(<[u32]>::to_vec));
+        prompts.extend(ends.into_iter().map(|end| vec![end]));
     }
     let subject = if small { Some(Subject::open(ctx, ctx.model().name(), ctx.model().dir())?) } else { None };
     for tokens in prompts {

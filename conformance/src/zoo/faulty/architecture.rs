@@ -2,61 +2,62 @@
 
 use super::super::Fault;
 use super::super::naive::{At, Deviation, Site, Weights};
+use super::{forward, stateful};
 use std::sync::Arc;
 
 pub(super) const FAULTS: &[Fault] = &[
-    Fault::new(
+    forward(
         "silu-for-relu2",
         "the gate is SiLU, not squared ReLU",
         "llama.cpp PR #25885, #26751",
         "golden/logits",
         || Arc::new(Gated(|gate, up| gate / (1.0 + (-gate).exp()) * up)),
     ),
-    Fault::new(
+    forward(
         "relu-not-squared",
         "the gate is ReLU without the square",
         "llama.cpp PR #25885, #26751",
         "golden/logits",
         || Arc::new(Gated(|gate, up| gate.max(0.0) * up)),
     ),
-    Fault::new(
+    forward(
         "square-of-the-product",
         "the square is taken of the product with up",
         "llama.cpp PR #25885, #26751",
         "golden/logits",
         || Arc::new(Gated(|gate, up| (gate.max(0.0) * up).powi(2))),
     ),
-    Fault::new(
+    forward(
         "no-attention-sub-norm",
         "the norm before o_proj is left out",
         "llama.cpp PR #25885, #26751",
         "golden/logits",
         || Arc::new(SkippedNorm(Site::AttentionSubNorm)),
     ),
-    Fault::new(
+    forward(
         "no-ffn-sub-norm",
         "the norm before down_proj is left out",
         "llama.cpp PR #25885, #26751",
         "golden/logits",
         || Arc::new(SkippedNorm(Site::FfnSubNorm)),
     ),
-    Fault::new("no-final-norm", "the norm before the head is left out", "SPEC.md GLD-2", "golden/logits", || {
+    forward("no-final-norm", "the norm before the head is left out", "SPEC.md GLD-2", "golden/logits", || {
         Arc::new(SkippedNorm(Site::FinalNorm))
     }),
-    Fault::new(
+    forward(
         "sub-norm-by-head",
         "the norm behind attention is taken of each head",
         "SPEC.md GLD-2",
         "golden/logits",
         || Arc::new(SubNormByHead),
     ),
-    Fault::new("layer-norm", "the norms subtract the mean", "SPEC.md GLD-2", "golden/logits", || {
+    forward("layer-norm", "the norms subtract the mean", "SPEC.md GLD-2", "golden/logits", || {
         Arc::new(Norm(|x, gain, eps| {
             let mean = x.iter().sum::<f32>() / x.len() as f32;
             rms_norm(&x.iter().map(|v| v - mean).collect::<Vec<_>>(), gain, eps)
         }))
     }),
-    Fault::new(
+    forward(
         "gain-plus-one",
         "the gain of a norm is stored as its distance from one",
         "SPEC.md GLD-2",
@@ -70,7 +71,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "golden/facts_are_read",
         || Arc::new(Norm(|x, gain, _| rms_norm(x, gain, 1e-5))),
     ),
-    Fault::new(
+    forward(
         "epsilon-outside-the-root",
         "the epsilon is added to the root, not under it",
         "tvm PR #15856",
@@ -83,7 +84,7 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "epsilon-of-another-model-fp32",
         "the epsilon of the norms is 1e-6",
         "meta-llama/llama #771, transformers #38025",
@@ -91,35 +92,31 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(Norm(|x, gain, _| rms_norm(x, gain, 1e-6))),
     )
     .fp32(),
-    Fault::new(
-        "rope-interleaved",
-        "RoPE pairs neighbours, not halves",
-        "candle #3410, PR #518",
-        "golden/logits",
-        || Arc::new(RopeInterleaved),
-    ),
-    Fault::new(
+    forward("rope-interleaved", "RoPE pairs neighbours, not halves", "candle #3410, PR #518", "golden/logits", || {
+        Arc::new(RopeInterleaved)
+    }),
+    forward(
         "rope-base-by-habit",
         "the RoPE base is that of the published model, whatever the file says",
         "llama.cpp PR #8676, #8650",
         "golden/facts_are_read",
         || Arc::new(RopeBase(500_000.0)),
     ),
-    Fault::new(
+    forward(
         "rope-base-ignored",
         "the RoPE base is 10000, whatever the file says",
         "llama.cpp PR #8676, #8650",
         "golden/logits",
         || Arc::new(RopeBase(10_000.0)),
     ),
-    Fault::new(
+    forward(
         "rope-of-half-the-head",
         "only the first half of each head is rotated",
         "llama.cpp PR #4889",
         "golden/logits",
         || Arc::new(RopeOfHalf),
     ),
-    Fault::new(
+    forward(
         "rope-backwards",
         "keys and queries are rotated the other way, keys one position further",
         "SPEC.md GLD-2",
@@ -133,35 +130,35 @@ pub(super) const FAULTS: &[Fault] = &[
         "numerics/to_the_last_position",
         || Arc::new(RopePosition(|_, position| position.min(31))),
     ),
-    Fault::new(
+    stateful(
         "rope-from-zero-each-step",
         "each call counts its positions from zero",
         "llama.cpp PR #4889, PR #3272, #4097",
         "kv_cache/chunked_is_whole",
         || Arc::new(RopePosition(|at, position| position - at.call.start)),
     ),
-    Fault::new(
+    forward(
         "heads-tiled",
         "query head h reads key/value head h modulo their number",
         "onnx PR #7274, axlearn PR #842, candle-vllm PR #52",
         "golden/logits",
         || Arc::new(KvHead(|head, _, kv_heads| head % kv_heads)),
     ),
-    Fault::new(
+    forward(
         "attention-scale-of-the-width",
         "scores are divided by the root of the hidden size",
         "SPEC.md GLD-2",
         "golden/logits",
         || Arc::new(AttentionScale(|size| 0.5 / (size as f64).sqrt())),
     ),
-    Fault::new(
+    forward(
         "attention-scale-not-rooted",
         "scores are divided by the head's size",
         "SPEC.md GLD-2",
         "golden/logits",
         || Arc::new(AttentionScale(|size| 1.0 / size as f64)),
     ),
-    Fault::new(
+    forward(
         "softmax-with-a-sink",
         "one is added to the sum under the softmax",
         "SPEC.md SHP-4",
@@ -174,35 +171,35 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "own-position-masked",
         "a position sees the ones before it and not itself",
         "candle PR #3236, #3582",
         "golden/logits",
         || Arc::new(Sees(|at, other| other < at.position || at.position == 0)),
     ),
-    Fault::new(
+    stateful(
         "mask-without-the-cache",
         "in a call of more than one token the mask covers the new positions only",
         "candle PR #3236, #3582",
         "kv_cache/chunked_is_whole",
         || Arc::new(Sees(|at, other| other <= at.position && (at.call.seq == 1 || other >= at.call.start))),
     ),
-    Fault::new(
+    forward(
         "window-of-8",
         "attention reaches 8 positions back, though the model has no window",
         "transformers #29623, #39408, vLLM #3385, mistral.rs #246",
         "golden/logits",
         || Arc::new(Sees(|at, other| other <= at.position && at.position - other < 8)),
     ),
-    Fault::new(
+    forward(
         "window-of-32",
         "attention reaches 32 positions back, though the model has no window",
         "transformers #29623, #39408, vLLM #3385, mistral.rs #246",
         "numerics/to_the_last_position",
         || Arc::new(Sees(|at, other| other <= at.position && at.position - other < 32)),
     ),
-    Fault::new(
+    forward(
         "padding-masked",
         "token 0 is taken for padding and masked, and a row that sees nothing else is NaN",
         "ik_llama.cpp #2344, transformers #18388",
@@ -230,21 +227,21 @@ pub(super) const FAULTS: &[Fault] = &[
         "causality/later_tokens_do_not_show_with_a_cache",
         || Arc::new(NotCausal { cached: true }),
     ),
-    Fault::new(
+    forward(
         "head-taken-for-tied",
         "the embedding is the head, though the model has a head of its own",
         "transformers PR #43429",
         "golden/logits",
         || Arc::new(super::weights::Edited(|w| w.head = None)),
     ),
-    Fault::new(
+    forward(
         "no-residual-around-attention",
         "the output of attention replaces the residual stream",
         "SPEC.md GLD-2",
         "golden/logits",
         || Arc::new(NoResidual),
     ),
-    Fault::new(
+    forward(
         "head-sees-codes",
         "the head's input is quantised as those of the projections",
         "SPEC.md GLD-2",

@@ -20,6 +20,44 @@ mod times;
 mod weights;
 
 use super::Fault;
+use super::naive::Deviation;
+use crate::case::Category;
+use std::sync::Arc;
+
+/// What a forward pass that is another function, and the same one everywhere, shows in: all else compares it with itself.
+const FORWARD: &[Category] = &[Category::Shape, Category::Numerics, Category::Golden, Category::Causality];
+
+/// What a forward pass that is not the same function everywhere shows in.
+const STATEFUL: &[Category] =
+    &[Category::Numerics, Category::Golden, Category::KvCache, Category::Determinism, Category::Batch];
+
+/// What has to do with batches.
+const BATCHES: &[Category] =
+    &[Category::Shape, Category::Numerics, Category::Golden, Category::KvCache, Category::Determinism, Category::Batch];
+
+type Make = fn() -> Arc<dyn Deviation>;
+
+/// A forward pass that is another function, and the same one everywhere.
+const fn forward(
+    name: &'static str,
+    what: &'static str,
+    source: &'static str,
+    killer: &'static str,
+    make: Make,
+) -> Fault {
+    Fault::new(name, what, source, killer, make).only(FORWARD)
+}
+
+/// A forward pass that depends on how it is called.
+const fn stateful(
+    name: &'static str,
+    what: &'static str,
+    source: &'static str,
+    killer: &'static str,
+    make: Make,
+) -> Fault {
+    Fault::new(name, what, source, killer, make).only(STATEFUL)
+}
 
 /// Every fault, by class.
 pub fn all() -> Vec<Fault> {

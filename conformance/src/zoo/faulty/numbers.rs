@@ -2,20 +2,21 @@
 
 use super::super::Fault;
 use super::super::naive::{At, Deviation, Naive};
+use super::{forward, stateful};
 use bitnet_contracts::{InferenceOutput, KVCache, Result, Tensor};
 use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) const FAULTS: &[Fault] = &[
-    Fault::new(
+    forward(
         "codes-truncated",
         "activations are truncated to codes, not rounded",
         "SPEC.md GLD-2",
         "golden/reproduced_rows",
         || Arc::new(Rounding(f32::trunc)),
     ),
-    Fault::new("codes-rounded-down", "activations are rounded down to codes", "SPEC.md GLD-2", "golden/logits", || {
+    forward("codes-rounded-down", "activations are rounded down to codes", "SPEC.md GLD-2", "golden/logits", || {
         Arc::new(Rounding(f32::floor))
     }),
     Fault::new(
@@ -25,7 +26,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "numerics/rounding_ties",
         || Arc::new(Rounding(f32::round)),
     ),
-    Fault::new(
+    forward(
         "ties-up",
         "activations half way between two codes go to the upper",
         "SPEC.md NUM-7",
@@ -39,7 +40,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "numerics/small_inputs",
         || Arc::new(Quantise(|x| codes(x, 127.0 / largest(x, f32::MIN_POSITIVE)))),
     ),
-    Fault::new(
+    forward(
         "zero-divided-by-zero",
         "a row of zeros is divided by its largest magnitude, and what comes of it becomes the code -128",
         "microsoft/BitNet PR #521, PR #387",
@@ -51,14 +52,10 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
-        "activations-of-4-bits",
-        "activations have codes from -7 to 7",
-        "SPEC.md GLD-2",
-        "golden/logits",
-        || Arc::new(Quantise(|x| codes(x, 7.0 / largest(x, 1e-5)))),
-    ),
-    Fault::new(
+    forward("activations-of-4-bits", "activations have codes from -7 to 7", "SPEC.md GLD-2", "golden/logits", || {
+        Arc::new(Quantise(|x| codes(x, 7.0 / largest(x, 1e-5))))
+    }),
+    forward(
         "factor-of-a-block",
         "each 32 activations have a factor of their own, and the product the first one's",
         "SPEC.md GLD-2",
@@ -70,59 +67,59 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    stateful(
         "factor-of-the-call",
         "a token's activations are scaled by the largest of its call so far",
         "llama.cpp #7052, #19981",
         "kv_cache/chunked_is_whole",
         || Arc::new(FactorOfTheCall::default()),
     ),
-    Fault::new(
+    forward(
         "undeclared-bf16-residual",
         "the residual stream is kept in bf16, and float32 is declared",
         "SPEC.md GLD-6",
         "golden/reproduced_rows",
         || Arc::new(Residual(|x| bf16::from_f32(x).to_f32())),
     ),
-    Fault::new(
+    forward(
         "undeclared-f16-cache",
         "keys and values are kept in half precision, and float32 is declared",
         "SPEC.md GLD-6",
         "golden/reproduced_rows",
         || Arc::new(Kept(|x| f16::from_f32(x).to_f32())),
     ),
-    Fault::new(
+    forward(
         "undeclared-int8-cache",
         "keys and values are kept in steps of 1/16, and float32 is declared",
         "SPEC.md GLD-6",
         "golden/reproduced_rows",
         || Arc::new(Kept(|x| (x * 16.0).round_ties_even() / 16.0)),
     ),
-    Fault::new(
+    forward(
         "undeclared-f16-logits",
         "logits are rounded to half precision, and float32 is declared",
         "SPEC.md GLD-6",
         "golden/reproduced_rows",
         || Arc::new(Logits(|_, logits| logits.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()))),
     ),
-    Fault::new(
+    forward(
         "logits-shifted",
         "a constant is added to all logits of a row",
         "SPEC.md GLD-6",
         "golden/reproduced_rows",
         || Arc::new(Logits(|_, logits| logits.iter_mut().for_each(|x| *x += 0.02))),
     ),
-    Fault::new(
+    forward(
         "logits-three-percent-too-large",
         "all logits are multiplied by 1.03",
         "microsoft/BitNet #468",
         "golden/logits",
         || Arc::new(Logits(|_, logits| logits.iter_mut().for_each(|x| *x *= 1.03))),
     ),
-    Fault::new("logits-capped", "logits pass through 4 tanh(x / 4)", "SPEC.md GLD-2", "golden/logits", || {
+    forward("logits-capped", "logits pass through 4 tanh(x / 4)", "SPEC.md GLD-2", "golden/logits", || {
         Arc::new(Logits(|_, logits| logits.iter_mut().for_each(|x| *x = 4.0 * (*x / 4.0).tanh())))
     }),
-    Fault::new(
+    forward(
         "last-logits-not-written",
         "logits beyond the last multiple of 16 are zero",
         "ik_llama.cpp PR #213, mlx #4250",
@@ -134,7 +131,7 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "last-logit-not-written",
         "the logit of the last token is that of the one before it",
         "ik_llama.cpp PR #213",
@@ -146,7 +143,7 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "nan-far-out",
         "logits of positions from 60 on are NaN, and nobody looks",
         "transformers #39972, #37226, vLLM #48231",
@@ -160,24 +157,24 @@ pub(super) const FAULTS: &[Fault] = &[
         "hostile/overflow",
         || Arc::new(NotNoticed),
     ),
-    Fault::new(
+    stateful(
         "first-call-unwarmed",
         "the first call of an engine reads a buffer before it is written",
         "microsoft/BitNet #547",
         "determinism/repeated_forward",
         || Arc::new(FirstCall),
     ),
-    Fault::new(
+    stateful(
         "leftovers-of-the-last-call",
         "the first token of a call gets some of what the last call left",
         "microsoft/BitNet #547",
         "determinism/repeated_forward",
         || Arc::new(Leftovers::default()),
     ),
-    Fault::new("angles-in-bf16", "the angles of RoPE are computed in bf16", "SPEC.md GLD-2", "golden/logits", || {
+    forward("angles-in-bf16", "the angles of RoPE are computed in bf16", "SPEC.md GLD-2", "golden/logits", || {
         Arc::new(AnglesInBf16)
     }),
-    Fault::new(
+    forward(
         "logits-of-the-token-before",
         "in a call of several tokens a row of logits is that of the token before",
         "llama-cpp-python PR #1179",

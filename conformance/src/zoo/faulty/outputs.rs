@@ -2,6 +2,7 @@
 
 use super::super::Fault;
 use super::super::naive::{At, Deviation, Naive, Weights};
+use super::forward;
 use crate::backend::{Capabilities, CreateOptions};
 use bitnet_contracts::{
     DType, Device, GenerationConfig, GenerationResult, InferenceOutput, KVCache, ModelConfig, QuantizationType, Result,
@@ -27,14 +28,14 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "vocabulary-padded",
         "logits have the width of a vocabulary padded to a multiple of 64",
         "SPEC.md SHP-1",
         "shape/logits",
         || Arc::new(PaddedVocabulary),
     ),
-    Fault::new(
+    forward(
         "last-position-only",
         "a prompt gives the logits of its last position only",
         "SPEC.md SHP-1",
@@ -47,7 +48,7 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "wide-ids-read-as-narrow",
         "the bytes of i64 ids are read as those of u32",
         "SPEC.md SHP-3",
@@ -76,7 +77,7 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "offset-of-ids-ignored",
         "ids are read from where the memory behind the tensor begins",
         "candle #3534, #3812, PR #3813",
@@ -94,7 +95,7 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "attention-averaged-over-heads",
         "every head's attention weights are the mean of all heads",
         "SPEC.md SHP-4",
@@ -106,14 +107,14 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "attention-of-the-heads-reversed",
         "the heads of the attention weights stand in reverse order",
         "SPEC.md SHP-4",
         "shape/attention_weights",
         || Arc::new(Attention(|weights, _| Ok(weights.flip(&[1])?))),
     ),
-    Fault::new(
+    forward(
         "attention-before-the-softmax",
         "attention weights are logarithms of what they should be",
         "SPEC.md SHP-4",
@@ -127,7 +128,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "shape/attention_weights",
         || Arc::new(Attention(|_, last| Ok(last.clone()))),
     ),
-    Fault::new(
+    forward(
         "attention-without-the-cache",
         "attention weights cover the new positions only",
         "SPEC.md SHP-4",
@@ -154,7 +155,7 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
-    Fault::new(
+    forward(
         "hidden-states-of-the-first-row",
         "hidden states of every sequence are those of the first",
         "SPEC.md SHP-5",
@@ -182,14 +183,14 @@ pub(super) const FAULTS: &[Fault] = &[
         "shape/config",
         || Arc::new(Config(|config| config.num_key_value_heads = config.num_attention_heads)),
     ),
-    Fault::new(
+    forward(
         "config-with-default-base",
         "config() states a RoPE base of 10000",
         "llama.cpp PR #8676, #8650",
         "shape/config",
         || Arc::new(Config(|config| config.rope_theta = 10_000.0)),
     ),
-    Fault::new("config-of-a-llama", "config() calls the model a llama", "SPEC.md SHP-7", "shape/config", || {
+    forward("config-of-a-llama", "config() calls the model a llama", "SPEC.md SHP-7", "shape/config", || {
         Arc::new(Config(|config| config.model_type = "llama".to_string()))
     }),
     Fault::new(
@@ -199,7 +200,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "shape/quantization",
         || Arc::new(Supports(|_| true)),
     ),
-    Fault::new(
+    forward(
         "supports-no-quantisation",
         "supports_quantization says no to the type in use",
         "SPEC.md SHP-9",
