@@ -10,8 +10,8 @@ use super::weights::Weights;
 use crate::backend::CreateOptions;
 use crate::model::ModelFixture;
 use bitnet_contracts::{
-    BitNetInference, CacheOwner, Device, FinishReason, ForwardPassMetrics, GenerationConfig, GenerationResult, InferenceError,
-    InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
+    BitNetInference, CacheOwner, Device, FinishReason, ForwardPassMetrics, GenerationConfig, GenerationResult,
+    InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
 };
 use std::path::Path;
 
