@@ -2,7 +2,8 @@
 
 use super::probes::refuses_unknown_set;
 use super::support::{
-    chunked, forward, generate, greedy, logits_of, mix, other_token, plain, prompt, same_greedy, same_logits,
+    Logits, chunked, forward, generate, greedy, logits_of, mix, other_token, plain, prompt, same_greedy, same_logits,
+    try_forward,
 };
 use crate::backend::{Capability, CreateOptions};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
@@ -86,17 +87,28 @@ fn repeated_forward(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let tokens = prompt(ctx.facts(), 9, 70);
     let other = prompt(ctx.facts(), 17, 71);
-    let expected = logits_of(engine.as_mut(), &tokens)?;
+    // The first answer is kept: later calls do not write into it.
+    let kept = try_forward(engine.as_mut(), std::slice::from_ref(&tokens), None)??;
+    let first = Logits::of(&kept)?;
     for round in 0..8 {
-        logits_of(engine.as_mut(), &other[..5 * (round % 3) + 2])?;
+        // Shorter and longer calls between, and sometimes none.
+        if round % 4 != 3 {
+            logits_of(engine.as_mut(), &other[..5 * (round % 3) + 2])?;
+        }
         let seen = logits_of(engine.as_mut(), &tokens)?;
-        ctx.check_bits(format!("logits of call {}", round + 2), &seen.data, &expected.data);
+        ctx.check_bits(format!("logits of call {}", round + 2), &seen.data, &first.data);
     }
     let sizes = [4, 1, 1, 3];
     let expected = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(9))?;
     for capacity in [40, 9, 64] {
         let seen = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(capacity))?;
         ctx.check_bits(format!("logits of the same chunks with a cache of {capacity}"), &seen, &expected);
+    }
+    ctx.check_bits("logits of the first call, read after all others", &Logits::of(&kept)?.data, &first.data);
+    let one = logits_of(engine.as_mut(), &tokens[..1])?;
+    for call in 0..130 {
+        let seen = logits_of(engine.as_mut(), &tokens[..1])?;
+        ctx.check_bits(format!("logits of one token, call {call} of 130"), &seen.data, &one.data);
     }
     Ok(())
 }
@@ -105,10 +117,10 @@ fn same_seed(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let tokens = prompt(ctx.facts(), 5, 72);
     for seed in SEEDS {
-        let first = engine.generate_deterministic(&tokens, 10, seed)?;
-        let again = engine.generate_deterministic(&tokens, 10, seed)?;
+        let first = engine.generate_deterministic(&tokens, 20, seed)?;
+        let again = engine.generate_deterministic(&tokens, 20, seed)?;
         engine.reset()?;
-        let reset = engine.generate_deterministic(&tokens, 10, seed)?;
+        let reset = engine.generate_deterministic(&tokens, 20, seed)?;
         for (what, result) in [("again", &again), ("after reset()", &reset)] {
             let what = format!("seed {seed} {what}");
             ctx.check_slices(format!("{what}: tokens"), &result.generated_tokens, &first.generated_tokens);
@@ -203,8 +215,10 @@ impl Seen {
 fn threads(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), ctx.facts().max_positions.min(33), 74);
     let mut expected: Option<Seen> = None;
-    for threads in [1, 2, 3, 7] {
-        let mut engine = ctx.engine_with(&CreateOptions::default().with_threads(threads))?;
+    let by_default = CreateOptions::default();
+    let chosen = [1, 2, 3, 7].map(|threads| (threads.to_string(), by_default.clone().with_threads(threads)));
+    for (threads, options) in chosen.into_iter().chain([("the default number of".to_string(), by_default)]) {
+        let mut engine = ctx.engine_with(&options)?;
         let seen = Seen::of(engine.as_mut(), &tokens)?;
         match &expected {
             None => expected = Some(seen),
@@ -339,6 +353,21 @@ fn lookalikes(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_bits(format!("logits of {what}, after the prompt"), &seen.0, &logits);
         ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen.1, &cached);
         ctx.check_slices(format!("tokens from {what}, after the prompt"), &seen.2, &made);
+    }
+    // The same prompt and seed with another configuration is another question as well.
+    let others = [
+        ("greedily", greedy()),
+        ("at another temperature", GenerationConfig { temperature: 0.4, ..plain(69) }),
+        ("with another penalty", GenerationConfig { repetition_penalty: 2.0, ..plain(69) }),
+        ("from the three most likely", GenerationConfig { top_k: Some(3), ..plain(69) }),
+    ];
+    let mut fresh = ctx.engine()?;
+    for (what, config) in others {
+        fresh.reset()?;
+        let made = generate(fresh.as_mut(), &base, 5, &config)?.generated_tokens;
+        generate(engine.as_mut(), &base, 5, &plain(69))?;
+        let seen = generate(engine.as_mut(), &base, 5, &config)?.generated_tokens;
+        ctx.check_slices(format!("tokens drawn {what}, after others from that prompt"), &seen, &made);
     }
     Ok(())
 }

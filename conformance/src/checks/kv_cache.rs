@@ -1,14 +1,16 @@
 //! The cache is invisible in the logits, exact in its length, and untouched by errors.
 
-use super::edit::Model;
+mod refused;
+
 use super::support::{
-    EDIT_MODEL, Logits, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_instability, is_invalid_token, length,
-    logits_of, prompt, same_logits, try_forward,
+    EDIT_MODEL, Logits, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, length, logits_of, prompt, same_logits,
+    try_forward,
 };
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
-use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache, Tensor};
+use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache};
+use refused::{errors_change_nothing, failed_pass_changes_nothing, foreign_cache, other_batch};
 
 const KV: Category = Category::KvCache;
 
@@ -145,6 +147,14 @@ fn long_decode_is_whole(ctx: &mut Context<'_>) -> CheckResult {
     let steps = chunked(engine.as_mut(), &tokens, &vec![1; positions], &mut cache)?;
     same_logits(ctx, Axis::Chunking, "logits token by token", &steps, &whole.data);
     check_len(ctx, "at the end", &cache, positions);
+    // In pieces as well, the borders of which are no multiples of anything.
+    let (mut sizes, mut left) = (Vec::new(), positions);
+    for size in [7, 9, 15, 3, positions] {
+        sizes.extend((left > 0).then(|| size.min(left)));
+        left -= size.min(left);
+    }
+    let pieces = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(positions))?;
+    same_logits(ctx, Axis::Chunking, format!("logits in pieces of {sizes:?}"), &pieces, &whole.data);
     Ok(())
 }
 
@@ -209,7 +219,7 @@ fn truncate_and_replay(ctx: &mut Context<'_>) -> CheckResult {
     }
     forward(engine.as_mut(), &[vec![wrong[9]]], Some(&mut cache))?;
     cache.truncate(3);
-    let rest = chunked(engine.as_mut(), &tokens[3..], &[1, 1, 5], &mut cache)?;
+    let rest = chunked(engine.as_mut(), &tokens[3..], &[1; 7], &mut cache)?;
     same_logits(ctx, Axis::Chunking, "logits after two truncations", &rest, &straight.data[3 * straight.vocab..]);
     if ctx.capabilities().batch {
         truncated_batch(ctx, engine.as_mut(), &[tokens, wrong])?;
@@ -289,148 +299,6 @@ fn overflow(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
-fn errors_change_nothing(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let tokens = prompt(ctx.facts(), 8, 52);
-    let whole = logits_of(engine.as_mut(), &tokens)?;
-    let vocab = ctx.facts().vocab_size as u32;
-    let device = engine.device().clone();
-    let mut cache = KVCache::new(8);
-    forward(engine.as_mut(), &[tokens[..3].to_vec()], Some(&mut cache))?;
-
-    let result = try_forward(engine.as_mut(), &[vec![tokens[3], vocab, tokens[4]]], Some(&mut cache))?;
-    ctx.expect_error("an id beyond the vocabulary", result, is_invalid_token, "TokenizationError::InvalidToken");
-    check_len(ctx, "after a bad id", &cache, 3);
-
-    let floats = ids(&[tokens[3..5].to_vec()], &device)?.to_dtype(DType::F32)?;
-    let result = engine.forward(&floats, Some(&mut cache));
-    let invalid_input =
-        |e: &InferenceError| matches!(e, InferenceError::ForwardPass(ForwardPassError::InvalidInput { .. }));
-    ctx.expect_error("f32 ids", result, invalid_input, "ForwardPassError::InvalidInput");
-    check_len(ctx, "after f32 ids", &cache, 3);
-
-    let flat = ids(&[tokens[3..5].to_vec()], &device)?.flatten_all()?;
-    let result = engine.forward(&flat, Some(&mut cache));
-    ctx.check(result.is_err(), "ids of rank 1 are refused", "they were accepted");
-    check_len(ctx, "after ids of rank 1", &cache, 3);
-
-    let negative = Tensor::from_vec(vec![i64::from(tokens[3]), -1], (1, 2), &device)?;
-    let result = engine.forward(&negative, Some(&mut cache));
-    ctx.expect_error("a negative id", result, is_invalid_token, "TokenizationError::InvalidToken");
-    check_len(ctx, "after a negative id", &cache, 3);
-    let nothing = Tensor::zeros((1, 0), DType::U32, &device)?;
-    ctx.check(engine.forward(&nothing, Some(&mut cache)).is_err(), "no ids are refused", "they were accepted");
-    check_len(ctx, "after no ids", &cache, 3);
-
-    let rest = forward(engine.as_mut(), &[tokens[3..].to_vec()], Some(&mut cache))?;
-    let expected: Vec<f32> = (3..8).flat_map(|t| whole.row(0, t).to_vec()).collect();
-    same_logits(ctx, Axis::Chunking, "logits after five refused calls", &rest.data, &expected);
-
-    // The first call may be the one that is refused.
-    let mut cache = KVCache::new(8);
-    let result = try_forward(engine.as_mut(), &[vec![tokens[0], tokens[1], vocab]], Some(&mut cache))?;
-    ctx.expect_error("a bad id in the first call", result, is_invalid_token, "TokenizationError::InvalidToken");
-    check_len(ctx, "after a bad id in the first call", &cache, 0);
-    let first = forward(engine.as_mut(), &[tokens.clone()], Some(&mut cache))?;
-    same_logits(ctx, Axis::Chunking, "logits of the first call that is not refused", &first.data, &whole.data);
-    if ctx.capabilities().batch {
-        let rows = [tokens.clone(), prompt(ctx.facts(), 8, 59)];
-        let whole = forward(engine.as_mut(), &rows, None)?;
-        let mut cache = KVCache::new(8);
-        forward(engine.as_mut(), &rows.each_ref().map(|row| row[..3].to_vec()), Some(&mut cache))?;
-        let bad = [tokens[3..5].to_vec(), vec![tokens[3], vocab]];
-        let result = try_forward(engine.as_mut(), &bad, Some(&mut cache))?;
-        ctx.expect_error("a bad id in the second row", result, is_invalid_token, "TokenizationError::InvalidToken");
-        check_len(ctx, "after a bad id in the second row", &cache, 3);
-        let rest = forward(engine.as_mut(), &rows.each_ref().map(|row| row[3..].to_vec()), Some(&mut cache))?;
-        for row in 0..2 {
-            let what = format!("logits of row {row} after a bad id in the second");
-            let expected = &whole.sequence(row)[3 * whole.vocab..];
-            same_logits(ctx, Axis::Chunking, what, rest.sequence(row), expected);
-        }
-    }
-    Ok(())
-}
-
-fn failed_pass_changes_nothing(ctx: &mut Context<'_>) -> CheckResult {
-    // Behind the final norm nothing scales down again: the logits leave the range of a float.
-    let mut model = Model::read(ctx.model().dir())?;
-    model.tensor("model.norm.weight")?.fill(3e38)?;
-    let head = model.head_name();
-    let values: Vec<f32> = model.tensor(head)?.floats()?.iter().map(|v| v * 1e3).collect();
-    model.tensor(head)?.set_floats(&values)?;
-    let dir = ctx.scratch().join("overflow");
-    model.write(&dir)?;
-    let Ok(mut broken) = ctx.factory().create(&ctx.model().relocated(&dir)) else {
-        ctx.check(true, "refused at loading", "");
-        return Ok(());
-    };
-    let tokens = prompt(ctx.facts(), 5, 58);
-    let mut cache = KVCache::new(8);
-    for piece in [&tokens[..3], &tokens[..1]] {
-        let result = try_forward(broken.as_mut(), &[piece.to_vec()], Some(&mut cache))?;
-        ctx.expect_error("logits that overflow", result, is_instability, "NumericalInstability");
-        check_len(ctx, "after a pass that failed", &cache, 0);
-    }
-    // What the pass left is nobody's.
-    let mut engine = ctx.engine()?;
-    let expected = forward(engine.as_mut(), std::slice::from_ref(&tokens), Some(&mut KVCache::new(8)))?;
-    let seen = forward(engine.as_mut(), &[tokens], Some(&mut cache))?;
-    ctx.check_bits("logits of a sound engine with that cache", &seen.data, &expected.data);
-    Ok(())
-}
-
-fn foreign_cache(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let other_model = ctx.other_model(EDIT_MODEL)?;
-    let mut other = ctx.factory().create(&other_model)?;
-    let tokens = prompt(ctx.facts(), 6, 53);
-    let whole = logits_of(engine.as_mut(), &tokens)?;
-    let mut cache = KVCache::new(8);
-    forward(engine.as_mut(), &[tokens[..4].to_vec()], Some(&mut cache))?;
-
-    let result = try_forward(other.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
-    ctx.expect_error("a cache of another model", result, is_cache_error, "ForwardPassError::KVCacheError");
-    check_len(ctx, "after the other model refused it", &cache, 4);
-
-    // The same shapes do not make it the same model.
-    let mut like = Model::read(ctx.model().dir())?;
-    like.tensor("model.layers.0.self_attn.k_proj.weight_scale")?.fill(3.0)?;
-    let dir = ctx.scratch().join("same-shape");
-    like.write(&dir)?;
-    let mut like = ctx.factory().create(&ctx.model().relocated(&dir))?;
-    let result = try_forward(like.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
-    ctx.expect_error("a cache of a model of the same shape", result, is_cache_error, "ForwardPassError::KVCacheError");
-    check_len(ctx, "after the model of the same shape refused it", &cache, 4);
-
-    // Another engine on the same model may take it or not, and if it does it goes on where the first one was.
-    let mut twin = ctx.engine()?;
-    match try_forward(twin.as_mut(), &[vec![tokens[4]]], Some(&mut cache))? {
-        Ok(output) => {
-            let seen = Logits::of(&output)?;
-            let what = "logits of another engine with the cache of the first";
-            same_logits(ctx, Axis::Chunking, what, &seen.data, whole.row(0, 4));
-            check_len(ctx, "after another engine took it", &cache, 5);
-            cache.truncate(4);
-        }
-        Err(error) => {
-            ctx.check(is_cache_error(&error), "KVCacheError of another engine", format!("{error:?}"));
-            check_len(ctx, "after another engine refused it", &cache, 4);
-        }
-    }
-    let rest = forward(engine.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
-    let expected: Vec<f32> = (4..6).flat_map(|t| whole.row(0, t).to_vec()).collect();
-    same_logits(ctx, Axis::Chunking, "logits of the owner afterwards", &rest.data, &expected);
-
-    // Emptied, it belongs to nobody, and anybody may fill it.
-    cache.clear();
-    let expected = forward(other.as_mut(), &[tokens[..3].to_vec()], Some(&mut KVCache::new(8)))?;
-    let seen = forward(other.as_mut(), &[tokens[..3].to_vec()], Some(&mut cache))?;
-    ctx.check_eq("cache.len() with its new owner", cache.len(), 3);
-    ctx.check_bits("logits of the new owner with an emptied and with a new cache", &seen.data, &expected.data);
-    Ok(())
-}
-
 fn last_position(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let positions = ctx.facts().max_positions;
@@ -458,48 +326,6 @@ fn last_position(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
-fn other_batch(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let rows = [prompt(ctx.facts(), 5, 55), prompt(ctx.facts(), 5, 56)];
-    let whole = forward(engine.as_mut(), &rows, None)?;
-    let mut cache = KVCache::new(8);
-    let start: Vec<Vec<u32>> = rows.iter().map(|r| r[..3].to_vec()).collect();
-    forward(engine.as_mut(), &start, Some(&mut cache))?;
-    let mismatch = |e: &InferenceError| {
-        matches!(
-            e,
-            InferenceError::ForwardPass(
-                ForwardPassError::KVCacheError { .. }
-                    | ForwardPassError::ShapeMismatch { .. }
-                    | ForwardPassError::InvalidInput { .. }
-            )
-        )
-    };
-    for batch in [1, 3] {
-        let other: Vec<Vec<u32>> = (0..batch).map(|b| prompt(ctx.facts(), 2, 57 + b)).collect();
-        let result = try_forward(engine.as_mut(), &other, Some(&mut cache))?;
-        let what = format!("{batch} sequences with a cache of 2");
-        ctx.expect_error(what, result, mismatch, "ForwardPassError::KVCacheError");
-        check_len(ctx, "after the mismatch", &cache, 3);
-    }
-    let rest: Vec<Vec<u32>> = rows.iter().map(|r| r[3..].to_vec()).collect();
-    let seen = forward(engine.as_mut(), &rest, Some(&mut cache))?;
-    for row in 0..2 {
-        let expected: Vec<f32> = (3..5).flat_map(|t| whole.row(row, t).to_vec()).collect();
-        same_logits(
-            ctx,
-            Axis::Chunking,
-            format!("logits of sequence {row} after the mismatches"),
-            seen.sequence(row),
-            &expected,
-        );
-    }
-    cache.clear();
-    let alone = forward(engine.as_mut(), &[rows[0].clone()], Some(&mut cache))?;
-    same_logits(ctx, Axis::Chunking, "one sequence in the cleared cache of two", &alone.data, whole.sequence(0));
-    Ok(())
-}
-
 fn two_caches(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let tokens = [prompt(ctx.facts(), 6, 60), prompt(ctx.facts(), 6, 61)];
@@ -524,6 +350,26 @@ fn two_caches(ctx: &mut Context<'_>) -> CheckResult {
     for session in 0..2 {
         let what = format!("logits of session {session} beside the other");
         ctx.check_bits(what, &together[session], &alone[session]);
+    }
+    many_sessions(ctx, engine.as_mut())
+}
+
+/// Nine sessions at once, each begun before any goes on: more than a pool for eight keeps.
+fn many_sessions(ctx: &mut Context<'_>, engine: &mut dyn BitNetInference) -> CheckResult {
+    let tokens: Vec<Vec<u32>> = (0..9).map(|session| prompt(ctx.facts(), 4, 62 + session)).collect();
+    let mut alone = Vec::new();
+    for tokens in &tokens {
+        alone.push(chunked(engine, tokens, &[3, 1], &mut KVCache::new(4))?);
+    }
+    let mut sessions = Vec::new();
+    for tokens in &tokens {
+        let mut cache = KVCache::new(4);
+        let begun = forward(engine, &[tokens[..3].to_vec()], Some(&mut cache))?.data;
+        sessions.push((cache, begun));
+    }
+    for (session, (mut cache, mut seen)) in sessions.into_iter().enumerate() {
+        seen.extend(forward(engine, &[vec![tokens[session][3]]], Some(&mut cache))?.data);
+        ctx.check_bits(format!("logits of session {session} of nine"), &seen, &alone[session]);
     }
     Ok(())
 }

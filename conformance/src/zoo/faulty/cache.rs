@@ -6,7 +6,7 @@ use bitnet_contracts::{
     CacheOwner, ForwardPassError, InferenceError, InferenceOutput, KVCache, Result, Tensor, TokenizationError,
 };
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 pub(super) const FAULTS: &[Fault] = &[
@@ -107,6 +107,13 @@ pub(super) const FAULTS: &[Fault] = &[
         "vllm #7845; T7",
         "kv_cache/foreign_cache",
         || Arc::new(Owner(|w| (w.layers.len() * w.facts.hidden_size * w.facts.vocab_size) as u64)),
+    ),
+    Fault::new(
+        "cache-owner-number-reused",
+        "models are numbered by how many there are, so that a number comes back when one is dropped",
+        "llama.cpp #12420; T7",
+        "kv_cache/foreign_cache",
+        || Arc::new(NumberReused::default()),
     ),
     Fault::new(
         "foreign-cache-emptied",
@@ -319,6 +326,27 @@ struct Owner(fn(&Weights) -> u64);
 impl Deviation for Owner {
     fn owner(&self, owner: CacheOwner, weights: &Weights) -> CacheOwner {
         CacheOwner { model: (self.0)(weights), ..owner }
+    }
+}
+
+/// The owner's number: engines alive, this one included.
+#[derive(Default)]
+struct NumberReused(AtomicBool);
+
+static ALIVE: AtomicU64 = AtomicU64::new(0);
+
+impl Deviation for NumberReused {
+    fn owner(&self, owner: CacheOwner, _: &Weights) -> CacheOwner {
+        self.0.store(true, Ordering::SeqCst);
+        CacheOwner { model: ALIVE.fetch_add(1, Ordering::SeqCst), ..owner }
+    }
+}
+
+impl Drop for NumberReused {
+    fn drop(&mut self) {
+        if self.0.load(Ordering::SeqCst) {
+            ALIVE.fetch_sub(1, Ordering::SeqCst);
+        }
     }
 }
 

@@ -153,9 +153,9 @@ impl Deviation for OneRequestSlot {
     }
 }
 
-/// The last answer.
+/// The last eight answers.
 #[derive(Default)]
-struct AnswersByPrompt(Mutex<Option<GenerationResult>>);
+struct AnswersByPrompt(Mutex<Vec<GenerationResult>>);
 
 impl Deviation for AnswersByPrompt {
     fn generate_concurrent(
@@ -165,12 +165,15 @@ impl Deviation for AnswersByPrompt {
         max_tokens: usize,
         config: &GenerationConfig,
     ) -> Result<GenerationResult> {
-        let mut last = lock(&self.0);
-        if let Some(known) = last.as_ref().filter(|known| known.prompt_tokens == prompt) {
-            return Ok(known.clone());
+        let mut known = lock(&self.0);
+        if let Some(answer) = known.iter().find(|answer| answer.prompt_tokens == prompt) {
+            return Ok(answer.clone());
         }
         let result = engine.copy().generate(prompt, max_tokens, config)?;
-        *last = Some(result.clone());
+        if known.len() == 8 {
+            known.remove(0);
+        }
+        known.push(result.clone());
         Ok(result)
     }
 }

@@ -46,6 +46,20 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(Slots::new(|_, cache| Some((address(cache), 0, 0)))),
     ),
     Fault::new(
+        "pool-of-eight-sessions",
+        "eight sessions have a place, and the ninth takes that of the one that was idle longest",
+        "llama.cpp #6681; KV-10",
+        "kv_cache/two_caches",
+        || Arc::new(PoolOfEight::default()),
+    ),
+    Fault::new(
+        "answers-in-scratch",
+        "logits are handed out in memory that the next call writes to",
+        "llama.cpp #9727; DET-1",
+        "determinism/repeated_forward",
+        || Arc::new(AnswersInScratch::default()),
+    ),
+    Fault::new(
         "one-position-for-all",
         "the engine counts positions over all its sessions",
         "llama.cpp #12357; KV-10",
@@ -234,6 +248,54 @@ impl Slots {
 impl Deviation for Slots {
     fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
         self.run(engine, ids, cache)
+    }
+}
+
+/// Sessions by the number in their cache's storage, the one that was used last at the end.
+#[derive(Default)]
+struct PoolOfEight {
+    next: AtomicU64,
+    used: Mutex<Vec<u64>>,
+}
+
+impl Deviation for PoolOfEight {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        let Some(cache) = cache else { return engine.honest_forward(ids, None) };
+        let begins = cache.is_empty();
+        let mut session = if begins { 0 } else { engine.held(cache)?.note };
+        let lost = !begins && !lock(&self.used).contains(&session);
+        let output = engine.honest_forward(ids, Some(&mut *cache))?;
+        if begins {
+            session = self.next.fetch_add(1, Ordering::Relaxed) + 1;
+            engine.held(cache)?.note = session;
+        }
+        let mut used = lock(&self.used);
+        used.retain(|s| *s != session);
+        used.push(session);
+        if used.len() > 8 {
+            used.remove(0);
+        }
+        drop(used);
+        if lost { engine.honest_forward(ids, None) } else { Ok(output) }
+    }
+}
+
+/// Logits by shape.
+#[derive(Default)]
+struct AnswersInScratch(Mutex<HashMap<Vec<usize>, Tensor>>);
+
+impl Deviation for AnswersInScratch {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        let mut output = engine.honest_forward(ids, cache)?;
+        let mut scratch = lock(&self.0);
+        let shape = output.logits.dims().to_vec();
+        let place = scratch.entry(shape).or_insert(output.logits.clone()).clone();
+        drop(scratch);
+        if place.id() != output.logits.id() {
+            place.slice_set(&output.logits, 0, 0)?;
+            output.logits = place;
+        }
+        Ok(output)
     }
 }
 
