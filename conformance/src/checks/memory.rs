@@ -91,8 +91,8 @@ fn figures_fit_together(ctx: &mut Context<'_>) -> CheckResult {
     let facts = ctx.facts().clone();
     let loaded = engine.memory_usage();
     check_usage(ctx, "after loading", &loaded);
-    // 1.58 bits a trit is what information theory allows, and 4 bits are the least that an embedding is kept in; f64 for
-    // everything, and half as much again, is the other end.
+    // 1.58 bits a trit is what information theory allows, and 4 bits are the least that an embedding is kept in; f64
+    // for everything, and half as much again, is the other end.
     let low = ternary_parameters(&facts) * 1.58 / 8.0 + float_parameters(&facts) / 2.0;
     let high = (ternary_parameters(&facts) + float_parameters(&facts)) * 12.0;
     let weights = loaded.model_weights as f64;
@@ -178,8 +178,8 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     );
     let most = after.peak_resident + tolerance::RESIDENT_SLACK;
     ctx.check_at_most("peak_usage, against all resident memory and the slack", usage.peak_usage as f64, most);
-    // What is there is claimed: sessions grow the process by their caches and little else. There are enough of them for 1 MiB of
-    // keys and values in 16 bits.
+    // What is there is claimed: sessions grow the process by their caches and little else. There are enough of them
+    // for 1 MiB of keys and values in 16 bits.
     let expected = cache_values(facts) * 2.0 * positions as f64;
     let count = ((1u64 << 20) as f64 / expected).ceil().clamp(4.0, 64.0) as u64;
     let before = need(held())?;
@@ -225,11 +225,11 @@ fn fill_holes() -> Result<Vec<Vec<u8>>, Stop> {
     Ok(blocks)
 }
 
-/// How the memory of the process grows with calls, in bytes a call: a slope over `readings` with `between` calls between
-/// two of them.
+/// How the memory of the process grows with calls, in bytes a call: a slope over `readings` with `between` calls
+/// between two of them.
 ///
-/// A pool that fills and an allocator that gives back late grow for a while, a leak grows on: up to three slopes in a row are
-/// taken until one does not grow by more than `limit` a call. Slow calls are made less often.
+/// A pool that fills and an allocator that gives back late grow for a while, a leak grows on: up to three slopes in a
+/// row are taken until one does not grow by more than `limit` a call. Slow calls are made less often.
 fn growth(limit: f64, readings: usize, between: u64, mut call: impl FnMut(u64) -> CheckResult) -> Result<Slope, Stop> {
     let mut serial = 0;
     let mut calls = |count: u64| -> CheckResult {

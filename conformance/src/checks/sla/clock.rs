@@ -65,8 +65,8 @@ impl Figures {
         if shares.is_empty() { 1.0 } else { percentile(&shares, 0.5) }
     }
 
-    /// Asserts that the median figure owns up to a share of the time around it. What disturbs a call seldom falls between
-    /// the engine's clock and the caller's.
+    /// Asserts that the median figure owns up to a share of the time around it. What disturbs a call seldom falls
+    /// between the engine's clock and the caller's.
     #[track_caller]
     pub(super) fn own_up(&self, ctx: &mut Context<'_>, what: &str, around: &str, least: f64) {
         let share = self.share();

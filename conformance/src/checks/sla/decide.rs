@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 /// How sure a decision is.
 pub(super) const CONFIDENCE: f64 = 0.99;
 
-/// Numbers of samples after which a claim may be found to hold. The second is enough for 95 % of samples without a miss.
+/// Numbers of samples after which a claim may be found to hold. The second is enough for 95 % of samples without a
+/// miss.
 pub(super) const LOOKS: [usize; 4] = [24, 120, 240, 480];
 
 /// A share of all samples that must be within a limit, such as 0.95 for a 95th percentile.
@@ -132,8 +133,8 @@ impl Decision {
     }
 }
 
-/// The sample that a share of all samples does not exceed (nearest rank): the `ceil(share · n)`-th smallest; NaN without
-/// samples.
+/// The sample that a share of all samples does not exceed (nearest rank): the `ceil(share · n)`-th smallest; NaN
+/// without samples.
 pub(super) fn percentile(samples: &[f64], share: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);

@@ -1,7 +1,7 @@
 //! SLA-3, SLA-7: what an engine says of its own times, counts and operations is what happened.
 //!
-//! An engine measures inside the call that the caller measures, so its figures fit into the caller's on any machine, busy or
-//! idle; how much of the caller's time they own up to is judged by the median of many calls.
+//! An engine measures inside the call that the caller measures, so its figures fit into the caller's on any machine,
+//! busy or idle; how much of the caller's time they own up to is judged by the median of many calls.
 
 use super::clock::{Figures, accounted, differ};
 use super::decide::percentile;
@@ -320,9 +320,9 @@ fn times_of(ctx: &mut Context<'_>, kind: &str, runs: &[Made]) {
     ctx.check(measured, format!("{kind}: times of the ids that differ"), "all the same in every call");
 }
 
-/// Generations of many ids beside those of one id, each with its neighbour in time: where the engine says that the first
-/// of many came, a call for one id returns, or nearly so. A quarter of the pairs on the right side is enough, for a busy
-/// machine disturbs either side of a pair, and an engine that moves the first id does so every time.
+/// Generations of many ids beside those of one id, each with its neighbour in time: where the engine says that the
+/// first of many came, a call for one id returns, or nearly so. A quarter of the pairs on the right side is enough,
+/// for a busy machine disturbs either side of a pair, and an engine that moves the first id does so every time.
 fn beside_each_other(ctx: &mut Context<'_>, what: &str, many: &[Made], one: &[Made]) {
     let first = |made: &Made| millis(made.result.timing.time_to_first_token);
     let ratios: Vec<f64> = many.iter().zip(one).map(|(many, one)| first(many) / one.wall).collect();
