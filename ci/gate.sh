@@ -13,5 +13,6 @@ conformance() {
         cargo run --release --locked -p conformance -- "$@"
     fi
 }
-conformance run --json "$report" --junit target/conformance/junit.xml
+conformance run --json "$report" --junit target/conformance/junit.xml \
+    --html target/conformance/report.html --badge target/conformance/badge.svg
 conformance gate --thresholds ci/thresholds.toml ${1:+--profile "$1"} "$report"

@@ -6,11 +6,12 @@
 use crate::invariance::{Axis, Invariance, Level};
 use crate::model::ModelFixture;
 use bitnet_contracts::{BitNetInference, ConfigurationError, InferenceError, QuantizationType, ThreadSafeInference};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// Which of the two forward passes a backend computes. The checks hold it to the golden logits of that one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum Semantics {
     /// Ternary weights, float activations: the "FP32 reference" of the contracts.
     #[serde(rename = "fp32")]
@@ -39,7 +40,7 @@ impl Semantics {
 }
 
 /// How much rounding a backend adds before its activation quantiser (or, in `fp32` semantics, anywhere).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Noise {
     /// Everything outside the ternary products is at least 32-bit float.
@@ -105,7 +106,7 @@ impl std::fmt::Display for Capability {
 /// refused, and what is claimed must hold.
 ///
 /// Start from [`Capabilities::new`], which promises only what every backend must do, and add.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[non_exhaustive]
 pub struct Capabilities {
     /// The forward pass computed.
@@ -130,6 +131,7 @@ pub struct Capabilities {
     pub instruction_sets: Vec<String>,
     /// What `supports_quantization` answers "yes" to.
     #[serde(with = "quantization_names")]
+    #[schemars(with = "Vec<String>")]
     pub quantization: Vec<QuantizationType>,
 }
 
@@ -306,6 +308,11 @@ pub trait BackendFactory: Send + Sync {
 
     /// What the backend declares about itself.
     fn capabilities(&self) -> Capabilities;
+
+    /// One line for the report on what is behind the name: version, kernels, device. The provided method says nothing.
+    fn description(&self) -> Option<String> {
+        None
+    }
 
     /// Builds an engine on the model of the fixture, with default options.
     ///

@@ -1,4 +1,4 @@
-//! The command line: `run`, `list`, `gate`, `calibrate`. A binary registers its backends and hands over.
+//! The command line, a subcommand a function. A binary registers its backends and hands over.
 
 mod prove;
 
@@ -6,21 +6,24 @@ use crate::backend::Registry;
 use crate::calibrate::{CalibrateArgs, calibrate};
 use crate::expectations::Expectations;
 use crate::gates::Thresholds;
-use crate::report::{Report, json, junit, terminal};
+use crate::report::json::ReportError;
+use crate::report::{Report, badge, diff, html, json, junit, schema, terminal};
 use crate::run::Runner;
 use crate::suite::{Selection, Suite};
 use crate::verdict::CaseResult;
+use crate::zoo::proof::Proof;
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Instant, SystemTime};
 
 /// Runs the conformance suite for BitNet b1.58 inference engines.
 ///
 /// Without a subcommand this is `run`. Exit codes: 0 all good; 1 a case failed, crashed, timed out, was inconclusive or
-/// passed unexpectedly, an expectation is stale, or a gate was breached; 2 the command line, a file or the machine does not allow an answer.
+/// passed unexpectedly, an expectation is stale, a gate was breached, a proof does not hold, or `diff` found a regression;
+/// 2 the command line, a file or the machine does not allow an answer.
 #[derive(Debug, Parser)]
 #[command(name = "conformance", version, args_conflicts_with_subcommands = true)]
 struct Cli {
@@ -42,6 +45,16 @@ enum Command {
     Calibrate(CalibrateArgs),
     /// Hold the suite against backends that must be caught and backends that must pass.
     Prove(prove::ProveArgs),
+    /// Show a JSON report, or turn it into other forms.
+    Report(ReportArgs),
+    /// Show what changed between two JSON reports.
+    Diff(DiffArgs),
+    /// Print the JSON Schema of reports.
+    Schema,
+    /// Run a reproducer. Exit codes: 0 it passes, 1 it still fails, 2 it cannot be run.
+    Replay(crate::repro::ReplayArgs),
+    /// Look for failures with random models and calls, held to the oracle.
+    Fuzz(crate::repro::FuzzArgs),
 }
 
 #[derive(Debug, Args)]
@@ -64,15 +77,54 @@ struct RunArgs {
     /// Write the report as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the report as JUnit XML.
-    #[arg(long, value_name = "FILE")]
-    junit: Option<PathBuf>,
     /// Known failures: what fails as this file says is waived; an entry that is stale, expired or wrong fails the run.
     #[arg(long, value_name = "FILE")]
     expectations: Option<PathBuf>,
+    #[command(flatten)]
+    forms: FormArgs,
     /// Worker processes. Default: one a processor. Cases that measure time or memory always run alone.
     #[arg(long, value_name = "N")]
     jobs: Option<std::num::NonZeroUsize>,
+    #[command(flatten)]
+    shrink: crate::repro::ShrinkArgs,
+}
+
+#[derive(Debug, Args)]
+struct FormArgs {
+    /// Write the report as JUnit XML.
+    #[arg(long, value_name = "FILE")]
+    junit: Option<PathBuf>,
+    /// Write the report as one HTML page.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Write the verdict as an SVG badge.
+    #[arg(long, value_name = "FILE")]
+    badge: Option<PathBuf>,
+    /// Show the kill matrix of this proof on the HTML page.
+    #[arg(long, value_name = "PROOF.json", requires = "html")]
+    proof: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct ReportArgs {
+    #[command(flatten)]
+    forms: FormArgs,
+    /// The report, as written by `run --json`.
+    #[arg(value_name = "REPORT.json")]
+    report: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct DiffArgs {
+    /// How far a number must move to be told, as a factor.
+    #[arg(long, value_name = "X", default_value_t = diff::FACTOR)]
+    factor: f64,
+    /// The report to compare with.
+    #[arg(value_name = "BEFORE.json")]
+    before: PathBuf,
+    /// The report to judge.
+    #[arg(value_name = "AFTER.json")]
+    after: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -126,6 +178,14 @@ pub fn main(registry: Registry) -> ExitCode {
             Command::Gate(args) => gate(&args),
             Command::Calibrate(args) => calibrate(&suite, &args, &progress_bar(0)),
             Command::Prove(args) => prove::prove(&everybody, args),
+            Command::Report(args) => report(&args),
+            Command::Diff(args) => compare(&args),
+            Command::Schema => {
+                print(&schema::text()?);
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Replay(args) => crate::repro::replay_command(&suite, &args, &mut print),
+            Command::Fuzz(args) => crate::repro::fuzz_command(&suite, &args, &style().program, &mut print),
         }
     });
     result.unwrap_or_else(|error| {
@@ -135,6 +195,7 @@ pub fn main(registry: Registry) -> ExitCode {
 }
 
 fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
+    let proof = args.forms.proof()?;
     let selection: Selection = args.choice.into();
     let cases = suite.select(&selection)?;
     let expectations = args.expectations.as_deref().map(Expectations::read).transpose()?;
@@ -147,7 +208,7 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
     let bar = progress_bar(cases.len() as u64);
     let bad = std::sync::atomic::AtomicU64::new(0);
     let (started, clock) = (SystemTime::now(), Instant::now());
-    let results = runner.run_all(&cases, jobs, &|result: &CaseResult| {
+    let mut results = runner.run_all(&cases, jobs, &|result: &CaseResult| {
         if !result.outcome.verdict.is_good() {
             let count = 1 + bad.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             bar.println(format!("{:<12} {}", result.outcome.verdict.name().to_uppercase(), result.id));
@@ -157,20 +218,70 @@ fn run(suite: &Suite, args: RunArgs) -> Result<ExitCode, Failure> {
         bar.inc(1);
     });
     bar.finish_and_clear();
+    let elapsed = clock.elapsed();
+    let reproducers = args.shrink.apply(suite, &runner, &cases, &mut results, &style.program)?;
     drop(runner);
-    let mut report = Report::new(&cases, results, started, clock.elapsed());
+    let mut report = Report::new(&cases, results, started, elapsed);
     if let Some(expectations) = &expectations {
         let whole = suite.select(&Selection { filter: None, ..selection })?;
         report.findings.extend(expectations.findings(&whole, &report.cases).into_iter().map(|f| f.text));
+        report = report.sealed();
     }
     if let Some(path) = &args.json {
         json::write(&report, path)?;
     }
-    if let Some(path) = &args.junit {
-        junit::write(&report, path)?;
-    }
+    args.forms.write(&report, proof.as_ref(), &style)?;
     print(&terminal::render(&report, &style));
+    print(&reproducers);
     Ok(if report.is_green() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
+impl FormArgs {
+    /// The proof to show, read before a run that may take minutes.
+    fn proof(&self) -> Result<Option<Proof>, ReportError> {
+        self.proof.as_deref().map(read_proof).transpose()
+    }
+
+    fn write(&self, report: &Report, proof: Option<&Proof>, style: &terminal::Style) -> Result<(), ReportError> {
+        if let Some(path) = &self.junit {
+            junit::write(report, path)?;
+        }
+        if let Some(path) = &self.html {
+            html::write(report, proof, &style.program, path)?;
+        }
+        if let Some(path) = &self.badge {
+            badge::write(report, path)?;
+        }
+        Ok(())
+    }
+}
+
+fn read_proof(path: &Path) -> Result<Proof, ReportError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ReportError::Io { path: path.to_path_buf(), source })?;
+    let form = |e: serde_json::Error| ReportError::Form { reason: format!("{}: {e}", path.display()) };
+    serde_json::from_str(&text).map_err(form)
+}
+
+/// Shows a report, or writes it in the forms that were asked for.
+fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
+    let report = json::read(&args.report)?;
+    let style = style();
+    args.forms.write(&report, args.forms.proof()?.as_ref(), &style)?;
+    let forms = &args.forms;
+    if forms.junit.is_none() && forms.html.is_none() && forms.badge.is_none() {
+        print(&terminal::render(&report, &style));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn compare(args: &DiffArgs) -> Result<ExitCode, Failure> {
+    if !(args.factor.is_finite() && args.factor > 1.0) {
+        return Err(format!("--factor {} is not above 1", args.factor).into());
+    }
+    let (before, after) = (json::read(&args.before)?, json::read(&args.after)?);
+    let diff = diff::compare(&before, &after, args.factor);
+    print(&diff.to_string());
+    Ok(if diff.is_regression() { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
 fn list(suite: &Suite, args: ListArgs) -> Result<ExitCode, Failure> {

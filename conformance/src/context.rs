@@ -35,6 +35,8 @@ pub struct Context<'a> {
     measurements: BTreeMap<String, f64>,
     timings: BTreeMap<String, f64>,
     errors: BTreeMap<String, f64>,
+    series: BTreeMap<String, Vec<f32>>,
+    samples: BTreeMap<String, Vec<f64>>,
     notes: Vec<String>,
     fail_fast: bool,
 }
@@ -59,6 +61,8 @@ impl<'a> Context<'a> {
             measurements: BTreeMap::new(),
             timings: BTreeMap::new(),
             errors: BTreeMap::new(),
+            series: BTreeMap::new(),
+            samples: BTreeMap::new(),
             notes: Vec::new(),
             fail_fast: false,
         }
@@ -207,6 +211,19 @@ impl<'a> Context<'a> {
             let seen = || (format!("timing {key} is a finite number"), format!("{key} = {value}"));
             self.assert(Location::caller(), false, seen);
         }
+    }
+
+    /// Notes errors by position for the report's plots, in the order of the positions. See [`crate::measure::series`]
+    /// for what becomes of long lists and of values that are not finite.
+    pub fn series(&mut self, key: &str, values: impl IntoIterator<Item = f64>) {
+        self.series.insert(key.to_string(), crate::measure::series(values));
+    }
+
+    /// Notes single readings of the clock or of the process's memory, for the report's histograms. Repeated calls add to
+    /// what is there; see [`crate::measure::samples`] for what is kept of many.
+    pub fn samples(&mut self, key: &str, values: impl IntoIterator<Item = f64>) {
+        let kept = self.samples.entry(key.to_string()).or_default();
+        *kept = crate::measure::samples(kept.drain(..).chain(values));
     }
 
     /// Leaves a remark in the report.
@@ -459,8 +476,11 @@ impl<'a> Context<'a> {
             measurements: self.measurements,
             timings: self.timings,
             errors: self.errors,
+            series: self.series,
+            samples: self.samples,
             notes: self.notes,
             output_tail: None,
+            reproducer: None,
             duration_s: duration.as_secs_f64(),
         }
     }

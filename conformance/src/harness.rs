@@ -21,11 +21,12 @@
 //!
 //! Filters, `--list`, `--exact`, `--skip`, `--test-threads` and the rest of libtest's options work, and so does nextest.
 //! Three environment variables choose what there is to run: [`BACKENDS_ENV`], [`MODELS_ENV`], [`FILTER_ENV`]; a fourth,
-//! [`EXPECTATIONS_ENV`], says what is known to fail.
+//! [`EXPECTATIONS_ENV`], says what is known to fail, and [`SHRINK_ENV`] asks for reproducers of what fails.
 
 use crate::backend::Registry;
 use crate::expectations::{Expectations, Finding};
 use crate::report::terminal;
+use crate::repro::reproduce;
 use crate::run::Runner;
 use crate::suite::{Case, Selection, Suite};
 use crate::verdict::Verdict;
@@ -33,6 +34,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Backends to test, by name with commas between; unset or empty for all registered ones. A name that is not
 /// registered is an error.
@@ -47,6 +49,12 @@ pub const FILTER_ENV: &str = "CONFORMANCE_FILTER";
 /// An expectations file, see [`crate::expectations`]; unset or empty for none. What fails as it says is ignored, what
 /// passes against it fails, and what else is wrong with it fails the test `BACKEND/expectations`.
 pub const EXPECTATIONS_ENV: &str = "CONFORMANCE_EXPECTATIONS";
+
+/// Set to `1` to make failing cases smaller and print their reproducers, some seconds each.
+pub const SHRINK_ENV: &str = "CONFORMANCE_SHRINK";
+
+/// How long a failing case is made smaller.
+const SHRINK_BUDGET: Duration = Duration::from_secs(5);
 
 /// Runs the suite against the registered backends as the `main` of a test target.
 pub fn main(registry: Registry) -> ExitCode {
@@ -94,7 +102,7 @@ pub fn run(suite: &Suite) -> ExitCode {
         }
     };
     let mut tests = findings.map_or_else(Vec::new, |findings| expectation_trials(&cases, &findings));
-    tests.extend(trials(cases, runner));
+    tests.extend(trials(suite, cases, runner));
     libtest_mimic::run(&args, tests).exit_code()
 }
 
@@ -112,14 +120,16 @@ pub fn selection_from(get: impl Fn(&str) -> Option<String>) -> Selection {
 }
 
 /// One trial a case; those that must run alone come last.
-fn trials(cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<Trial> {
+fn trials(suite: &Suite, cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<Trial> {
+    let shrink = std::env::var_os(SHRINK_ENV).is_some_and(|value| value == "1");
+    let suite = Arc::new(suite.clone());
     let (alone, mut ordered): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|c| c.check.exclusive);
     ordered.extend(alone);
     ordered
         .into_iter()
         .map(|case| {
-            let runner = runner.clone();
-            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref()))
+            let (suite, runner) = (suite.clone(), runner.clone());
+            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref(), shrink.then_some(&*suite)))
         })
         .collect()
 }
@@ -143,7 +153,7 @@ fn expectation_trials(cases: &[Case], findings: &[Finding]) -> Vec<Trial> {
     backends.iter().enumerate().map(trial).collect()
 }
 
-fn judge(case: &Case, runner: Option<&Runner>) -> Result<Completion, Failed> {
+fn judge(case: &Case, runner: Option<&Runner>, shrink_in: Option<&Suite>) -> Result<Completion, Failed> {
     let runner = runner.ok_or("tests are only listed, not run")?;
     let result = runner.run(case);
     match result.outcome.verdict {
@@ -152,7 +162,12 @@ fn judge(case: &Case, runner: Option<&Runner>) -> Result<Completion, Failed> {
             let reason = result.outcome.reason.as_deref().unwrap_or_default();
             Ok(Completion::ignored_with(format!("{verdict}: {reason}")))
         }
-        _ => Err(format!("{}  repeat    {}\n", terminal::details(&result), repeat(&case.id)).into()),
+        _ => {
+            let budget = (!case.check.exclusive).then_some(SHRINK_BUDGET);
+            let smaller = shrink_in.and_then(|suite| reproduce(suite, runner, case, &result.outcome, budget));
+            let smaller = smaller.map_or_else(String::new, |json| format!("  smaller   {json}"));
+            Err(format!("{}  repeat    {}\n{smaller}", terminal::details(&result), repeat(&case.id)).into())
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What is varied while model, tokens and configuration stay the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Axis {
@@ -56,7 +56,7 @@ impl fmt::Display for Axis {
 }
 
 /// How little a change may show, from the weakest claim to the strongest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Level {
     /// Logits agree within what the backend's semantics and noise allow.
@@ -87,7 +87,7 @@ impl fmt::Display for Level {
 /// The claims of a backend, one an axis. `None` claims nothing: results are then held to [`Level::Statistical`], which
 /// the contracts demand of any two evaluations of one sequence. A claim about something that the backend does not have,
 /// such as threads, counts for nothing. Repeated runs are not a matter of claims: see [`Axis::Runs`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Invariance {
     /// See [`Axis::Threads`].
@@ -135,7 +135,7 @@ impl Invariance {
 }
 
 /// What became of one claim.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Standing {
@@ -150,7 +150,7 @@ pub enum Standing {
 }
 
 /// One cell: an axis, the level claimed on it, and what became of the claim.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Claim {
     /// What is varied.
@@ -166,7 +166,7 @@ pub struct Claim {
 }
 
 /// The claims of one backend added up.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Summary {
     /// The weakest level among the claims that hold; none where a claim is broken or none was tested.

@@ -41,6 +41,24 @@ pub struct ModelFacts {
     pub eos: Vec<u32>,
     /// Whether the folder has a `tokenizer.json`.
     pub has_tokenizer: bool,
+    /// Which prompts the checks make for this model.
+    #[serde(default)]
+    pub prompts: PromptShape,
+}
+
+/// Which prompts the checks make. The default changes nothing; a reproducer asks for plainer ones.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PromptShape {
+    /// Added to the seed of every prompt.
+    #[serde(default)]
+    pub salt: u64,
+    /// Draw from this many ordinary tokens only, those of the lowest ids.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alphabet: Option<usize>,
+    /// The most tokens of a prompt, in the checks that can do with any number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest: Option<usize>,
 }
 
 impl ModelFacts {
@@ -94,11 +112,7 @@ impl ModelFixture {
     /// # Errors
     /// [`ModelError::Unknown`] for a name that is not built in, [`ModelError::Fixture`] where it cannot be written.
     pub fn built_in(name: &str, root: &Path) -> Result<Self, ModelError> {
-        Model::built_in()
-            .into_iter()
-            .find(|m| m.name == name)
-            .ok_or_else(|| ModelError::Unknown { name: name.to_string(), known: built_in_names() })?
-            .materialize(root)
+        Model::named(name)?.materialize(root)
     }
 
     /// The name in case ids.
@@ -162,6 +176,7 @@ enum Source {
     Tiny,
     Oracle(&'static str),
     Preset(&'static str),
+    Synthetic(Box<fixtures::Spec>, u64),
     Folder(PathBuf),
 }
 
@@ -183,6 +198,30 @@ impl Model {
             source: Source::Preset(preset.name),
         });
         tiny.into_iter().chain(oracle).chain(presets).collect()
+    }
+
+    /// The built-in model of a name.
+    ///
+    /// # Errors
+    /// [`ModelError::Unknown`].
+    pub fn named(name: &str) -> Result<Self, ModelError> {
+        let unknown = || ModelError::Unknown { name: name.to_string(), known: built_in_names() };
+        Self::built_in().into_iter().find(|m| m.name == name).ok_or_else(unknown)
+    }
+
+    /// A synthetic model of any specification, with the seed of its weights.
+    pub fn synthetic(name: &str, spec: &fixtures::Spec, seed: u64) -> Self {
+        let source = Source::Synthetic(Box::new(spec.clone()), seed);
+        Self { name: name.to_string(), facts: preset_facts(spec), golden: None, source }
+    }
+
+    /// The specification and the seed of the weights, where the model is a synthetic one.
+    pub fn spec(&self) -> Option<(fixtures::Spec, u64)> {
+        match &self.source {
+            Source::Preset(name) => Some((fixtures::find_preset(name).ok()?.spec.clone(), PRESET_SEED)),
+            Source::Synthetic(spec, seed) => Some((spec.as_ref().clone(), *seed)),
+            _ => None,
+        }
     }
 
     /// A model of the caller's own. Its name is the folder's.
@@ -225,6 +264,11 @@ impl Model {
         matches!(self.source, Source::Folder(_))
     }
 
+    /// Whether this is made from a specification that has no name.
+    pub fn is_synthetic(&self) -> bool {
+        matches!(self.source, Source::Synthetic(..))
+    }
+
     /// Puts the model on disk below `root` (a folder of the caller's stays where it is).
     ///
     /// # Errors
@@ -240,6 +284,7 @@ impl Model {
             Source::Tiny => fixtures::tiny(),
             Source::Oracle(name) => fixtures::oracle_case(name).ok_or_else(unknown)?,
             Source::Preset(name) => fixtures::preset(name, PRESET_SEED).map_err(failed)?,
+            Source::Synthetic(spec, seed) => fixtures::in_memory(&self.name, spec, *seed).map_err(failed)?,
         };
         let dir = root.join(&self.name);
         fixture.write_to(&dir).map_err(failed)?;
@@ -282,6 +327,7 @@ fn preset_facts(spec: &fixtures::Spec) -> ModelFacts {
             _ => Vec::new(),
         },
         has_tokenizer: false,
+        prompts: PromptShape::default(),
     }
 }
 
@@ -344,6 +390,7 @@ fn parse_facts(bytes: &[u8], has_tokenizer: bool) -> Result<ModelFacts, String> 
             Some(EosIds::Many(ids)) => ids,
         },
         has_tokenizer,
+        prompts: PromptShape::default(),
     };
     let counts = [facts.vocab_size, facts.max_positions, facts.hidden_size, facts.intermediate_size, facts.layers];
     if counts.contains(&0) || facts.kv_heads == 0 {

@@ -2,7 +2,8 @@
 
 use crate::case::DEFAULT_DEADLINE;
 use crate::expectations::Expectations;
-use crate::model::{ModelError, ModelFixture};
+use crate::model::{Model, ModelError, ModelFixture, PromptShape};
+use crate::repro::Schedule;
 use crate::suite::Case;
 use crate::verdict::{CaseResult, Outcome, Verdict};
 use crate::worker::{Answer, Request, WORKER_ENV};
@@ -31,11 +32,39 @@ pub enum RunError {
     Setup(#[from] std::io::Error),
 }
 
+/// What a worker is asked to do.
+#[derive(Debug, Clone)]
+pub struct Job<'a> {
+    /// The backend's name.
+    pub backend: &'a str,
+    /// The model.
+    pub model: &'a Model,
+    /// The prompts that checks make.
+    pub prompts: PromptShape,
+    /// What to run on it.
+    pub task: Task<'a>,
+    /// In a process in which nothing ran before.
+    pub fresh: bool,
+    /// In two such processes, one after the other: see [`crate::case::Check::twice`].
+    pub twice: bool,
+    /// How long it may take.
+    pub deadline: Duration,
+}
+
+/// What a job runs.
+#[derive(Debug, Clone, Copy)]
+pub enum Task<'a> {
+    /// The check of this name.
+    Check(&'a str),
+    /// These calls, held to the oracle.
+    Schedule(&'a Schedule),
+}
+
 /// Runs cases in worker processes. All workers and files of a run are gone when this is dropped.
 pub struct Runner {
     executable: PathBuf,
     idle: Mutex<Vec<Worker>>,
-    models: Mutex<HashMap<String, Arc<ModelFixture>>>,
+    models: Mutex<HashMap<String, ModelFixture>>,
     /// Held for reading by ordinary cases, for writing by a case that must run alone.
     alone: RwLock<()>,
     serial: AtomicU64,
@@ -52,7 +81,7 @@ impl Runner {
     /// [`RunError::Setup`].
     pub fn new() -> Result<Self, RunError> {
         let root = tempfile::Builder::new().prefix("conformance-").tempdir()?;
-        for folder in ["models", "scratch", "tmp"] {
+        for folder in ["models", "scratch", "own", "tmp"] {
             std::fs::create_dir(root.path().join(folder))?;
         }
         Ok(Self {
@@ -115,10 +144,10 @@ impl Runner {
     pub fn run(&self, case: &Case) -> CaseResult {
         let outcome = if case.check.exclusive {
             let _gate = self.alone.write().unwrap_or_else(PoisonError::into_inner);
-            self.in_worker(case)
+            self.in_worker(&Job::of(case))
         } else {
             let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
-            self.in_worker(case)
+            self.in_worker(&Job::of(case))
         };
         let mut result = CaseResult {
             id: case.id.clone(),
@@ -129,6 +158,7 @@ impl Runner {
             requirement: case.check.id.to_string(),
             clause: case.check.clause.to_string(),
             category: case.check.category,
+            exclusive: case.check.exclusive,
             outcome,
         };
         if let Some(expectations) = &self.expectations {
@@ -137,9 +167,15 @@ impl Runner {
         result
     }
 
-    fn in_worker(&self, case: &Case) -> Outcome {
+    /// Runs one job beside others.
+    pub fn run_job(&self, job: &Job<'_>) -> Outcome {
+        let _gate = self.alone.read().unwrap_or_else(PoisonError::into_inner);
+        self.in_worker(job)
+    }
+
+    fn in_worker(&self, job: &Job<'_>) -> Outcome {
         let start = Instant::now();
-        let mut outcome = match self.try_in_worker(case) {
+        let mut outcome = match self.try_in_worker(job) {
             Ok(outcome) => outcome,
             Err(reason) => Outcome::bare(Verdict::Inconclusive, reason),
         };
@@ -149,28 +185,36 @@ impl Runner {
         outcome
     }
 
-    fn try_in_worker(&self, case: &Case) -> Result<Outcome, String> {
-        let model = self.fixture(case).map_err(|e| e.to_string())?;
+    fn try_in_worker(&self, job: &Job<'_>) -> Result<Outcome, String> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let scratch = self.root().join("scratch").join(serial.to_string());
         std::fs::create_dir(&scratch).map_err(|e| format!("no scratch folder: {e}"))?;
-        let mut outcome = self.ask(case, &model, &scratch)?;
-        if case.check.twice && outcome.verdict == Verdict::Inconclusive {
+        // A model of one job's own goes with it: there may be thousands.
+        let own = self.root().join("own").join(serial.to_string());
+        let model = if job.model.is_synthetic() { job.model.materialize(&own) } else { self.fixture(job.model) };
+        let mut model = model.map_err(|e| e.to_string())?;
+        model.config.prompts = job.prompts;
+        let mut outcome = self.ask(job, &model, &scratch)?;
+        if job.twice && outcome.verdict == Verdict::Inconclusive {
             let first = outcome;
-            outcome = self.ask(case, &model, &scratch)?;
+            outcome = self.ask(job, &model, &scratch)?;
             outcome.assertions += first.assertions;
             outcome.values += first.values;
             outcome.duration_s += first.duration_s;
         }
         // Ignored on failure: the whole tree goes at the end of the run.
         let _ = std::fs::remove_dir_all(&scratch);
+        let _ = std::fs::remove_dir_all(&own);
         Ok(outcome)
     }
 
-    fn ask(&self, case: &Case, model: &ModelFixture, scratch: &Path) -> Result<Outcome, String> {
-        // A fresh process where what ran before must not show in what is measured.
-        let fresh = case.check.fresh || case.check.twice;
+    fn ask(&self, job: &Job<'_>, model: &ModelFixture, scratch: &Path) -> Result<Outcome, String> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let fresh = job.fresh || job.twice;
+        let (check, schedule) = match job.task {
+            Task::Check(name) => (name.to_string(), None),
+            Task::Schedule(schedule) => (String::new(), Some(schedule.clone())),
+        };
         let idle = if fresh { None } else { self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop() };
         let mut worker = match idle {
             Some(worker) => worker,
@@ -178,14 +222,16 @@ impl Runner {
         };
         let request = Request {
             serial,
-            backend: case.backend.name().to_string(),
-            check: case.check.name.to_string(),
+            backend: job.backend.to_string(),
+            check,
             model: model.clone(),
             scratch: scratch.to_path_buf(),
             fail_fast: self.fail_fast,
+            schedule,
         };
-        let deadline = case.check.deadline.unwrap_or(DEFAULT_DEADLINE);
-        Ok(match worker.ask(&request, deadline) {
+        let deadline = job.deadline;
+        let worker_tmp = worker.tmp.clone();
+        let mut outcome = match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {
                 if !fresh {
                     self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
@@ -196,17 +242,20 @@ impl Runner {
             Err(Silence::Deadline) => worker.stop_at_deadline(deadline),
             Err(Silence::Closed) => worker.post_mortem(),
             Err(Silence::Garbled(what)) => worker.bury(what),
-        })
+        };
+        let places = [(&*scratch, "SCRATCH"), (&*worker_tmp, "TMP"), (self.root(), "RUN")];
+        hide_places(&mut outcome, &places);
+        Ok(outcome)
     }
 
     /// The model's folder, written when its first case asks for it.
-    fn fixture(&self, case: &Case) -> Result<Arc<ModelFixture>, ModelError> {
+    fn fixture(&self, model: &Model) -> Result<ModelFixture, ModelError> {
         let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = case.model.argument();
+        let key = model.argument();
         if let Some(model) = models.get(&key) {
             return Ok(model.clone());
         }
-        let model = Arc::new(case.model.materialize(&self.root().join("models"))?);
+        let model = model.materialize(&self.root().join("models"))?;
         models.insert(key, model.clone());
         Ok(model)
     }
@@ -224,6 +273,31 @@ impl Runner {
             .stderr(writer)
             .spawn()?;
         Ok(Worker { child, channel: ours, received: Vec::new(), tail: Tail::follow(reader), tmp })
+    }
+}
+
+/// Puts names in place of temporary folders in what a case says of itself: no two runs have the same ones, and none is
+/// there when somebody reads it.
+fn hide_places(outcome: &mut Outcome, places: &[(&Path, &str)]) {
+    let failures = outcome.failures.iter_mut().flat_map(|f| [&mut f.expected, &mut f.seen]);
+    for text in outcome.reason.iter_mut().chain(failures) {
+        for (place, name) in places {
+            *text = text.replace(&*place.to_string_lossy(), name);
+        }
+    }
+}
+
+impl<'a> Job<'a> {
+    fn of(case: &'a Case) -> Self {
+        Self {
+            backend: case.backend.name(),
+            model: &case.model,
+            prompts: PromptShape::default(),
+            task: Task::Check(case.check.name),
+            fresh: case.check.fresh,
+            twice: case.check.twice,
+            deadline: case.check.deadline.unwrap_or(DEFAULT_DEADLINE),
+        }
     }
 }
 

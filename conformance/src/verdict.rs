@@ -1,11 +1,12 @@
 //! What came of a case: the verdicts and the record that reports are made of.
 
 use crate::case::Category;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// The outcome of one case.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Verdict {
@@ -54,6 +55,14 @@ impl Verdict {
         }
     }
 
+    /// The name as people read it.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::UnexpectedPass => "unexpected pass",
+            _ => self.name(),
+        }
+    }
+
     /// Whether a run with this verdict in it may still be called green: only passes, declared absences
     /// and waivers.
     pub const fn is_good(self) -> bool {
@@ -68,7 +77,7 @@ impl std::fmt::Display for Verdict {
 }
 
 /// One assertion that did not hold.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Failure {
     /// What had to be the case.
     pub expected: String,
@@ -79,7 +88,7 @@ pub struct Failure {
 }
 
 /// One case of a run: what it was, and what came of it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CaseResult {
     /// The stable id: `BACKEND/MODEL/CATEGORY/WHAT@NUMBER`.
     pub id: String,
@@ -97,13 +106,17 @@ pub struct CaseResult {
     pub clause: String,
     /// The category.
     pub category: Category,
+    /// Whether the case ran alone because it measures time or memory. What such a case counts and quotes is not the
+    /// same in every run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exclusive: bool,
     /// What came of it.
     #[serde(flatten)]
     pub outcome: Outcome,
 }
 
 /// What a check left behind, whatever its end.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Outcome {
     /// The verdict.
     pub verdict: Verdict,
@@ -133,17 +146,25 @@ pub struct Outcome {
     /// The largest error that each tolerance was held against, by the tolerance's name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub errors: BTreeMap<String, f64>,
+    /// Errors by position, such as one a row of logits: the same in every run on one machine.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub series: BTreeMap<String, Vec<f32>>,
+    /// Single readings behind the timings, such as the time of every decoded token, which no two runs repeat.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub samples: BTreeMap<String, Vec<f64>>,
     /// Remarks of the check.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// The last output of a worker that died in this case.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_tail: Option<String>,
+    /// The smallest case found that fails likewise, as the JSON text that `conformance replay` takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reproducer: Option<String>,
     /// Wall time in seconds.
     pub duration_s: f64,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
 fn is_zero(count: &u64) -> bool {
     *count == 0
 }
@@ -162,8 +183,11 @@ impl Outcome {
             measurements: BTreeMap::new(),
             timings: BTreeMap::new(),
             errors: BTreeMap::new(),
+            series: BTreeMap::new(),
+            samples: BTreeMap::new(),
             notes: Vec::new(),
             output_tail: None,
+            reproducer: None,
             duration_s: 0.0,
         }
     }

@@ -5,9 +5,10 @@
 //! standard error are kept only as the last words of a worker that dies.
 
 use crate::backend::Registry;
-use crate::case::{Check, Stop};
+use crate::case::{Check, CheckResult, Stop};
 use crate::context::{Context, End, FirstFailure};
 use crate::model::ModelFixture;
+use crate::repro::Schedule;
 use crate::verdict::{Outcome, Verdict};
 use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
@@ -33,6 +34,9 @@ pub(crate) struct Request {
     pub scratch: PathBuf,
     /// End at the first failed assertion.
     pub fail_fast: bool,
+    /// The calls to make, in place of a check.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
 }
 
 /// What a worker answers.
@@ -78,6 +82,10 @@ fn handle(registry: &Registry, checks: &[Check], request: &Request) -> Outcome {
     let Ok(factory) = registry.get(&request.backend) else {
         return Outcome::bare(Verdict::Inconclusive, format!("the worker has no backend {}", request.backend));
     };
+    if let Some(schedule) = &request.schedule {
+        let play = |context: &mut Context<'_>| crate::repro::play(context, schedule);
+        return run_in_context(&**factory, &request.model, &request.scratch, request.fail_fast, play);
+    }
     let Some(check) = checks.iter().find(|c| c.name == request.check) else {
         return Outcome::bare(Verdict::Inconclusive, format!("the worker has no check {}", request.check));
     };
@@ -116,13 +124,23 @@ pub fn run_check(
     scratch: &Path,
     fail_fast: bool,
 ) -> Outcome {
+    run_in_context(factory, model, scratch, fail_fast, |context| crate::checks::run(check, context))
+}
+
+fn run_in_context(
+    factory: &dyn crate::backend::BackendFactory,
+    model: &ModelFixture,
+    scratch: &Path,
+    fail_fast: bool,
+    run: impl FnOnce(&mut Context<'_>) -> CheckResult,
+) -> Outcome {
     let start = Instant::now();
     LAST_PANIC.with_borrow_mut(|last| *last = None);
     let mut context = match std::panic::catch_unwind(AssertUnwindSafe(|| Context::new(factory, model, scratch))) {
         Ok(context) => context.ending_at_first_failure(fail_fast),
         Err(payload) => return Outcome::bare(Verdict::Crash, payload_text(&*payload)),
     };
-    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| crate::checks::run(check, &mut context))) {
+    let end = match std::panic::catch_unwind(AssertUnwindSafe(|| run(&mut context))) {
         Ok(result) => End::Returned(result),
         Err(payload) if payload.is::<FirstFailure>() => End::Returned(Err(Stop::Failed)),
         Err(payload) => {

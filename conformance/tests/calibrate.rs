@@ -94,6 +94,7 @@ fn run(cases: &[Case]) -> Vec<CaseResult> {
             requirement: case.check.id.to_string(),
             clause: case.check.clause.to_string(),
             category: case.check.category,
+            exclusive: false,
             outcome: run_check(&case.check, &*case.backend, &model, scratch.path(), false),
         }
     };

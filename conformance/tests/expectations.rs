@@ -117,6 +117,7 @@ fn result(id: &str, verdict: Verdict) -> CaseResult {
         check: "shape/quantization".to_string(),
         requirement: "SHP-9".to_string(),
         clause: "a clause".to_string(),
+        exclusive: false,
         category: Category::Shape,
         outcome: Outcome::bare(verdict, "what happened"),
     }

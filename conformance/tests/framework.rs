@@ -220,6 +220,7 @@ fn checks() -> Vec<Check> {
         check("errors/panics_at_once", |_| panic!("in the first process")).twice(),
         check("errors/writes_files", write_files),
         check("errors/alone", write_files).exclusive(),
+        check("errors/own_process", write_files).fresh(),
         check("errors/on_every_model", |_| Ok(())).on(ModelSet::Every),
         check("errors/on_one_model", |_| Ok(())).on(ModelSet::Only("c02-h256-gqa2-untied")),
         check("errors/on_untied_models", |_| Ok(())).on(ModelSet::Where(|facts| !facts.tied)),
@@ -396,6 +397,19 @@ fn nothing_is_left_behind() -> TestResult {
     ensure(!root.exists(), &root)
 }
 
+fn a_fresh_case_shares_its_process_with_no_other() -> TestResult {
+    let runner = Runner::new()?;
+    // Every worker has a folder for temporary files, which tells them apart.
+    let worker = |name: &str| {
+        run_in(&runner, &format!("oracle/tiny/errors/{name}@TST-1")).map(|result| result.outcome.notes[1].clone())
+    };
+    let shared = [worker("writes_files")?, worker("writes_files")?];
+    ensure(shared[0] == shared[1], &shared)?;
+    let own = [worker("own_process")?, worker("own_process")?, worker("alone")?, worker("writes_files")?];
+    let unique: std::collections::BTreeSet<&String> = own.iter().collect();
+    ensure(unique.len() == own.len() && own[3] == shared[0], &own)
+}
+
 fn many_at_once_give_results_in_order() -> TestResult {
     let names = ["passes", "panics", "alone", "aborts", "asserts_nothing", "writes_files", "chatters", "passes"];
     let cases: Vec<Case> = names
@@ -542,6 +556,7 @@ fn main() -> ExitCode {
         Trial::test("a_check_may_span_two_processes", a_check_may_span_two_processes),
         Trial::test("another_process_shows", another_process_shows_where_it_should_not),
         Trial::test("nothing_is_left_behind", nothing_is_left_behind),
+        Trial::test("a_fresh_case_shares_its_process_with_no_other", a_fresh_case_shares_its_process_with_no_other),
         Trial::test("many_at_once_give_results_in_order", many_at_once_give_results_in_order),
         Trial::test("selections_that_mean_nothing_are_errors", selections_that_mean_nothing_are_errors),
         Trial::test("models_are_taken_as_the_checks_say", models_are_taken_as_the_checks_say),

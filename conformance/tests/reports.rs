@@ -1,70 +1,18 @@
 //! Reports, gates, ids and layers: everything that needs no worker.
 #![forbid(unsafe_code)]
 
+mod sample;
+
 use conformance::case::{Category, Check};
 use conformance::gates::Thresholds;
 use conformance::invariance::{Axis, Claim, Level, Standing, Summary};
 use conformance::measure;
-use conformance::report::{Report, Totals, json, junit, terminal};
-use conformance::verdict::{CaseResult, Failure, Outcome, Verdict};
+use conformance::report::{Totals, json, junit, terminal};
+use conformance::verdict::{CaseResult, Verdict};
 use rstest::rstest;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use sample::{case, good_cases, report};
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
-
-fn case(backend: &str, category: Category, name: &str, verdict: Verdict) -> CaseResult {
-    let check = format!("{category}/{name}");
-    let mut outcome = Outcome::bare(verdict, "a reason");
-    outcome.assertions = 10;
-    outcome.values = 1000;
-    outcome.duration_s = 0.25;
-    if verdict == Verdict::Pass {
-        outcome.reason = None;
-    }
-    if verdict == Verdict::Fail {
-        outcome.failed_assertions = 1;
-        let text = |t: &str| t.to_string();
-        outcome.failures =
-            vec![Failure { expected: text("logit <= 1 & \"so\""), seen: text("logit = \u{1}2"), at: text("x.rs:7") }];
-    }
-    CaseResult {
-        id: format!("{backend}/tiny/{check}@TST-1"),
-        backend: backend.to_string(),
-        model: "tiny".to_string(),
-        model_argument: "tiny".to_string(),
-        check,
-        requirement: "TST-1".to_string(),
-        clause: "a clause".to_string(),
-        category,
-        outcome,
-    }
-}
-
-/// Two backends; `alpha` passes everything and is measured, `beta` is the same.
-fn good_cases() -> Vec<CaseResult> {
-    let mut cases = Vec::new();
-    for backend in ["alpha", "beta"] {
-        for category in [Category::Golden, Category::KvCache, Category::Sla] {
-            cases.push(case(backend, category, "one", Verdict::Pass));
-        }
-        let sla = cases.last_mut().expect("just pushed");
-        sla.outcome.measurements = BTreeMap::from([
-            (measure::TOKEN_LATENCY_MS.to_string(), 20.0),
-            (measure::THROUGHPUT_TPS.to_string(), 50.0),
-            (measure::PEAK_MEMORY_BYTES.to_string(), 1e9),
-            (measure::WORST_CORRELATION.to_string(), 0.995),
-            (measure::TIME_TO_FIRST_TOKEN_MS.to_string(), 30.0),
-        ]);
-    }
-    cases.push(case("beta", Category::Concurrency, "many", Verdict::Unsupported));
-    cases
-}
-
-fn report(cases: Vec<CaseResult>) -> Report {
-    let mut report = Report::new(&[], Vec::new(), std::time::UNIX_EPOCH, std::time::Duration::from_secs(3));
-    report.totals = Totals::of(&cases);
-    report.cases = cases;
-    report
-}
 
 const THRESHOLDS: &str = r#"
 version = 1
@@ -227,8 +175,9 @@ fn json_that_is_not_a_sound_report_is_refused() {
     let refused = |text: &str| json::from_str(text).expect_err("refused").to_string();
     assert!(refused("").contains("not a conformance report"));
     assert!(refused("{}").contains("schema_version"));
-    assert!(refused(&text.replacen("\"schema_version\": 1", "\"schema_version\": 99", 1)).contains("99"));
+    assert!(refused(&text.replacen("\"schema_version\": 2", "\"schema_version\": 99", 1)).contains("99"));
     assert!(refused(&text.replacen("\"verdict\": \"pass\"", "\"verdict\": \"fail\"", 1)).contains("sums"));
+    assert!(refused(&text.replacen("0.995", "0.996", 1)).contains("content_sha256"));
     let mut cases = good_cases();
     cases.push(cases[0].clone());
     let twice = json::to_string(&report(cases)).expect("text");
@@ -249,6 +198,22 @@ fn junit_is_well_formed_and_counts() {
     assert_eq!(xml.matches("<skipped").count(), 1);
     assert!(xml.contains("tests=\"9\" skipped=\"1\" failures=\"1\" errors=\"1\""), "{xml}");
     assert!(xml.contains("logit &lt;= 1 &amp;"), "{xml}");
+}
+
+#[test]
+fn junit_tells_a_waiver_from_a_pass_that_nobody_expected() {
+    let mut waived = case("alpha", Category::Errors, "known", Verdict::Waived);
+    waived.outcome.reason = Some("issue 7, until 2030-01-01".to_string());
+    waived.outcome.failures = case("", Category::Errors, "", Verdict::Fail).outcome.failures;
+    let mut stale = case("alpha", Category::Errors, "stale", Verdict::UnexpectedPass);
+    stale.outcome.reason = Some("the entry for issue 8 is stale".to_string());
+    let xml = junit::to_string(&report(vec![waived, stale])).expect("xml");
+    assert_well_formed(&xml);
+    assert!(xml.contains("tests=\"2\" skipped=\"1\" failures=\"1\" errors=\"0\""), "{xml}");
+    let skipped = xml.split("<skipped").nth(1).expect("a skipped case");
+    assert!(skipped.starts_with(" message=\"issue 7, until 2030-01-01\""), "{xml}");
+    let failed = xml.split("<failure").nth(1).expect("a failed case");
+    assert!(failed.starts_with(" message=\"the entry for issue 8 is stale\" type=\"unexpectedpass\""), "{xml}");
 }
 
 /// Tags nest, attributes and text hold no raw `<` or `&`, and no control character is left.
@@ -284,6 +249,8 @@ fn the_terminal_shows_the_grid_every_failure_and_how_to_repeat_it() {
     let mut cases = good_cases();
     cases.push(case("alpha", Category::Errors, "it's_wrong", Verdict::Fail));
     cases.push(case("beta", Category::Errors, "gone", Verdict::Crash));
+    cases.push(case("beta", Category::Errors, "known", Verdict::Waived));
+    cases.push(case("beta", Category::Errors, "stale", Verdict::UnexpectedPass));
     let style = terminal::Style { colour: false, program: "conformance".to_string() };
     let text = terminal::render(&report(cases), &style);
     for part in [
@@ -294,7 +261,10 @@ fn the_terminal_shows_the_grid_every_failure_and_how_to_repeat_it() {
         "at        x.rs:7",
         r"conformance run --backend alpha --model tiny --filter 'alpha/tiny/errors/it'\''s_wrong@TST-1'",
         "conformance run --backend beta --model tiny --filter beta/tiny/errors/gone@TST-1",
-        "9 cases: 6 pass, 1 fail, 1 crash, 1 unsupported · 90 assertions · 9,000 values compared",
+        "1 UNEXPECTED PASS, 1 waived",
+        "UNEXPECTED PASS  beta/tiny/errors/stale@TST-1",
+        "waived: beta/tiny/errors/known@TST-1: a reason",
+        "11 cases: 6 pass, 1 fail, 1 crash, 1 unexpected pass, 1 waived, 1 unsupported · 110 assertions · 11,000 values",
         "unsupported: beta: a reason (1 cases)",
         "✓ 100.00 ms 0.200×",
         "✗ 10.00 ms 2.000×",

@@ -174,7 +174,17 @@ impl Oracle {
     /// Starts a sequence.
     pub fn start(&self, semantics: Semantics) -> Run<'_> {
         let empty = || vec![Vec::new(); self.layers.len()];
-        Run { model: self, semantics, keys: empty(), values: empty(), position: 0, codes: Vec::new(), trace: None }
+        Run {
+            model: self,
+            semantics,
+            keys: empty(),
+            values: empty(),
+            position: 0,
+            codes: Vec::new(),
+            nearest_tie: f64::INFINITY,
+            trace: None,
+            attention: None,
+        }
     }
 }
 
@@ -188,8 +198,14 @@ pub struct Run<'a> {
     /// [`code_hash`] of every quantised input so far, in order of position and layer: of q, k and v; of o; of gate and
     /// up; of down. Empty in the fp32 semantics.
     pub codes: Vec<u64>,
+    /// How close any activation so far came to a rounding tie, in codes: an evaluation with less error than this has the
+    /// same codes throughout. Infinite in the fp32 semantics.
+    pub nearest_tie: f64,
     /// Filled while it is there: the inside of layer 0, each layer's output and the final norm, position after position.
     pub trace: Option<BTreeMap<String, Vec<f64>>>,
+    /// Filled while it is there: each layer's attention probabilities, `[head][position seen]` of one position after
+    /// another.
+    pub attention: Option<Vec<Vec<f64>>>,
 }
 
 impl Run<'_> {
@@ -275,6 +291,7 @@ impl Run<'_> {
             Semantics::W158A8 => {
                 let (codes, k) = quantise(x);
                 self.codes.push(code_hash(&codes));
+                self.nearest_tie = x.iter().map(|&x| tie_distance(x, k)).fold(self.nearest_tie, f64::min);
                 let product = |m: &Linear, row| self.store(f64::from(dot_codes(row, &codes)) * m.scale / k);
                 matrices.map(|m| m.rows().map(|row| product(m, row)).collect())
             }
@@ -310,7 +327,7 @@ impl Run<'_> {
     }
 
     /// Causal attention of this position's queries: query head h reads key/value head h / group.
-    fn attend(&self, layer: usize, q: &[f64]) -> Vec<f64> {
+    fn attend(&mut self, layer: usize, q: &[f64]) -> Vec<f64> {
         let config = &self.model.config;
         let size = config.head_size();
         let group = config.num_attention_heads / config.num_key_value_heads;
@@ -323,6 +340,10 @@ impl Run<'_> {
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| libm::exp(s - largest)).collect();
             let total: f64 = weights.iter().sum();
+            if let Some(attention) = &mut self.attention {
+                attention.resize(self.model.layers.len(), Vec::new());
+                attention[layer].extend(weights.iter().map(|weight| weight / total));
+            }
             for (i, out) in out.iter_mut().enumerate() {
                 let value = |(j, weight): (usize, &f64)| weight / total * self.values[layer][at(j) + i];
                 *out = self.store(weights.iter().enumerate().map(value).sum());
@@ -350,6 +371,12 @@ fn quantise(x: &[f64]) -> (Vec<i32>, f64) {
     let k = (1.0 / largest) * 127.0;
     let codes = x.iter().map(|&x| (x as f32 * k).round_ties_even().clamp(-128.0, 127.0) as i32);
     (codes.collect(), f64::from(k))
+}
+
+/// How far x * k is from the nearest number that ends in .5.
+fn tie_distance(x: f64, k: f64) -> f64 {
+    let scaled = f64::from(x as f32 * k as f32);
+    (scaled - scaled.floor() - 0.5).abs()
 }
 
 /// Sum over j of (code_j + 129) * 1099511628211^j, modulo 2^64. Two evaluations with equal hashes had equal codes.

@@ -28,21 +28,19 @@ pub(super) const CHECKS: &[Check] = &[
 
 fn row_is_alone(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let rows: Vec<Vec<u32>> = (0..5).map(|b| prompt(ctx.facts(), 6, 80 + b)).collect();
-    let mut alone = Vec::new();
-    for row in &rows {
-        alone.push(logits_of(engine.as_mut(), row)?.data);
-    }
-    for size in [1, 2, 3, 5] {
-        let logits = forward(engine.as_mut(), &rows[..size], None)?;
-        for (i, expected) in alone[..size].iter().enumerate() {
-            same_logits(
-                ctx,
-                Axis::Batch,
-                format!("logits of row {i} in a batch of {size}"),
-                logits.sequence(i),
-                expected,
-            );
+    // Prompts and single tokens: the kernels for one and for many rows may be two.
+    for (length, sizes) in [(6, &[1, 2, 3, 5, 8][..]), (1, &[2, 4, 7])] {
+        let rows: Vec<Vec<u32>> = (0..8).map(|b| prompt(ctx.facts(), length, 80 + b)).collect();
+        let mut alone = Vec::new();
+        for row in &rows {
+            alone.push(logits_of(engine.as_mut(), row)?.data);
+        }
+        for &size in sizes {
+            let logits = forward(engine.as_mut(), &rows[..size], None)?;
+            for (i, expected) in alone[..size].iter().enumerate() {
+                let what = format!("logits of row {i} in a batch of {size} rows of {length}");
+                same_logits(ctx, Axis::Batch, what, logits.sequence(i), expected);
+            }
         }
     }
     Ok(())
@@ -65,6 +63,11 @@ fn order_of_rows(ctx: &mut Context<'_>) -> CheckResult {
         );
     }
     same_logits(ctx, Axis::Batch, "logits of two equal rows", seen.sequence(3), seen.sequence(1));
+    let seen = forward(engine.as_mut(), &vec![rows[1].clone(); 3], None)?;
+    for place in 0..3 {
+        let what = format!("logits of row 1 at place {place} of three equal rows");
+        same_logits(ctx, Axis::Batch, what, seen.sequence(place), logits.sequence(1));
+    }
     Ok(())
 }
 
@@ -72,13 +75,16 @@ fn loud_neighbour(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let row = prompt(ctx.facts(), 4, 95);
     let mut expected: Option<Vec<f32>> = None;
-    for salt in 0..6 {
-        let rows = [prompt(ctx.facts(), 4, 100 + salt), row.clone(), vec![salt as u32; 4]];
+    for salt in 0..9 {
+        let place = (salt as usize + 1) % 3;
+        let mut rows = vec![prompt(ctx.facts(), 4, 100 + salt), vec![salt as u32; 4]];
+        rows.insert(place, row.clone());
         let logits = forward(engine.as_mut(), &rows, None)?;
         match &expected {
-            None => expected = Some(logits.sequence(1).to_vec()),
+            None => expected = Some(logits.sequence(place).to_vec()),
             Some(expected) => {
-                same_logits(ctx, Axis::Batch, format!("logits beside neighbours {salt}"), logits.sequence(1), expected);
+                let what = format!("logits at place {place} beside neighbours {salt}");
+                same_logits(ctx, Axis::Batch, what, logits.sequence(place), expected);
             }
         }
     }

@@ -4,8 +4,8 @@ use super::support::{forward, generate, plain, prompt};
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, Stop};
 use bitnet_contracts::{
-    BitNetInference, ConcurrentInferenceEngine, Device, GenerationConfig, GenerationResult, InferenceOutput, KVCache,
-    MemoryUsage, ModelConfig, QuantizationType, Tensor, ThreadSafeInference,
+    BitNetInference, ConcurrentInferenceEngine, Device, GenerationConfig, GenerationResult, InferenceError,
+    InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Tensor, ThreadSafeInference,
 };
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -57,12 +57,20 @@ pub(super) const CHECKS: &[Check] = &[
 
 const CALLERS: usize = 4;
 
-/// What each caller asks: its own prompt, its own seed, sampling and penalties on.
+/// What each caller asks: its own seed, length and penalty, and its own prompt but for the last, who has that of the one
+/// before.
 fn question(ctx: &Context<'_>, caller: usize) -> (Vec<u32>, GenerationConfig) {
-    let config = GenerationConfig { repetition_penalty: 1.2, top_k: Some(40), ..plain(caller as u64) };
-    (prompt(ctx.facts(), 3 + caller, 800 + caller as u64), config)
+    let config = GenerationConfig {
+        repetition_penalty: 1.2 + caller as f32 / 8.0,
+        top_k: Some(40),
+        max_new_tokens: TOKENS - caller,
+        ..plain(caller as u64)
+    };
+    let prompt_of = caller.min(CALLERS - 2);
+    (prompt(ctx.facts(), 3 + prompt_of, 800 + prompt_of as u64), config)
 }
 
+/// The most tokens that a caller asks for.
 const TOKENS: usize = 8;
 
 /// The answers that one engine gives to the callers, one after the other.
@@ -82,8 +90,19 @@ where
 {
     let expected = alone(ctx)?;
     let questions: Vec<_> = (0..CALLERS).map(|caller| question(ctx, caller)).collect();
-    let start = Barrier::new(CALLERS);
-    let answers: Vec<_> = thread::scope(|scope| {
+    // One more caller draws without a seed and asks what must be refused; what it gets is no matter, nor what it does.
+    let (other, free) = (prompt(ctx.facts(), 4, 805), GenerationConfig { seed: None, ..plain(0) });
+    let beyond = [ctx.facts().vocab_size as u32];
+    let start = Barrier::new(CALLERS + 1);
+    let (answers, noise): (Vec<_>, _) = thread::scope(|scope| {
+        let noise = scope.spawn(|| {
+            start.wait();
+            let free = engine.generate_concurrent(&other, TOKENS, &free).map(drop);
+            free.and(match engine.generate_concurrent(&beyond, 1, &plain(0)) {
+                Err(InferenceError::Tokenization(_)) => Ok(()),
+                refused_otherwise => refused_otherwise.map(drop),
+            })
+        });
         let callers: Vec<_> = questions
             .iter()
             .map(|(tokens, config)| {
@@ -94,8 +113,13 @@ where
                 })
             })
             .collect();
-        callers.into_iter().map(thread::ScopedJoinHandle::join).collect()
+        let answers = callers.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        (answers, noise.join())
     });
+    match noise {
+        Ok(result) => ctx.check_ok(format!("{what}: a caller without a seed"), result).is_some(),
+        Err(_) => ctx.check(false, format!("{what}: an answer for a caller without a seed"), "it panicked"),
+    };
     for (caller, answer) in answers.into_iter().enumerate() {
         let Ok(results) = answer else {
             ctx.check(false, format!("{what}: an answer for caller {caller}"), "it panicked");
@@ -160,6 +184,13 @@ fn copies_are_apart(ctx: &mut Context<'_>) -> CheckResult {
 
 fn workers(ctx: &mut Context<'_>) -> CheckResult {
     let expected = alone(ctx)?;
+    let mut single = ctx.engine()?;
+    let sequences: Vec<Vec<u32>> = (0..CALLERS as u64).map(|caller| prompt(ctx.facts(), 5, 815 + caller)).collect();
+    let mut logits = Vec::new();
+    for tokens in &sequences {
+        logits.push(steps(single.as_mut(), tokens, &mut KVCache::new(5))?);
+    }
+    drop(single);
     let mut engines = vec![("new", ConcurrentInferenceEngine::new(ctx.engine()?))];
     if ctx.capabilities().thread_safe {
         engines.push(("from_thread_safe", ConcurrentInferenceEngine::from_thread_safe(ctx.thread_safe()?)));
@@ -168,14 +199,27 @@ fn workers(ctx: &mut Context<'_>) -> CheckResult {
         let workers = engine.create_workers(CALLERS)?;
         ctx.check_eq(format!("{what}: workers made"), workers.len(), CALLERS);
         let questions: Vec<_> = (0..CALLERS).map(|caller| question(ctx, caller)).collect();
+        let start = Arc::new(Barrier::new(CALLERS));
         let threads: Vec<_> = workers
             .into_iter()
             .zip(questions)
-            .map(|(mut worker, (tokens, config))| thread::spawn(move || worker.generate(&tokens, TOKENS, &config)))
+            .zip(&sequences)
+            .map(|((mut worker, (tokens, config)), sequence)| {
+                let (sequence, start) = (sequence.clone(), start.clone());
+                thread::spawn(move || {
+                    start.wait();
+                    let logits = steps(worker.as_mut(), &sequence, &mut KVCache::new(5));
+                    // A stop holds no more than a text, and says nothing that the text does not.
+                    (logits.map_err(|stop| format!("{stop:?}")), worker.generate(&tokens, TOKENS, &config))
+                })
+            })
             .collect();
         for (caller, thread) in threads.into_iter().enumerate() {
             match thread.join() {
-                Ok(result) => {
+                Ok((seen, result)) => {
+                    if let Some(seen) = ctx.check_ok(format!("{what}: forward of worker {caller}"), seen) {
+                        ctx.check_bits(format!("{what}: logits of worker {caller}"), &seen, &logits[caller]);
+                    }
                     if let Some(result) = ctx.check_ok(format!("{what}: worker {caller}"), result) {
                         let what = format!("{what}: tokens of worker {caller}");
                         ctx.check_slices(what, &result.generated_tokens, &expected[caller]);

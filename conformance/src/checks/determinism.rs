@@ -1,7 +1,10 @@
 //! The same input gives the same bits.
 
 use super::probes::refuses_unknown_set;
-use super::support::{chunked, forward, generate, greedy, logits_of, mix, plain, prompt, same_greedy, same_logits};
+use super::support::{
+    Logits, chunked, forward, generate, greedy, logits_of, mix, other_token, plain, prompt, same_greedy, same_logits,
+    try_forward,
+};
 use crate::backend::{Capability, CreateOptions};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::invariance::{Axis, Level};
@@ -68,6 +71,14 @@ pub(super) const CHECKS: &[Check] = &[
     Check::new("DET-9", "determinism/process", DETERMINISM, "another process does not show", process)
         .tests(Axis::Process)
         .twice(),
+    Check::new(
+        "DET-10",
+        "determinism/lookalikes",
+        DETERMINISM,
+        "a prompt that resembles an earlier one is evaluated as itself",
+        lookalikes,
+    )
+    .tests(Axis::Runs),
 ];
 
 const SEEDS: [u64; 4] = [0, 1, 12345, u64::MAX];
@@ -76,16 +87,29 @@ fn repeated_forward(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let tokens = prompt(ctx.facts(), 9, 70);
     let other = prompt(ctx.facts(), 17, 71);
-    let expected = logits_of(engine.as_mut(), &tokens)?;
-    for round in 0..3 {
-        logits_of(engine.as_mut(), &other[..5 * round + 2])?;
+    // The first answer is kept: later calls do not write into it.
+    let kept = try_forward(engine.as_mut(), std::slice::from_ref(&tokens), None)??;
+    let first = Logits::of(&kept)?;
+    for round in 0..8 {
+        // Shorter and longer calls between, and sometimes none.
+        if round % 4 != 3 {
+            logits_of(engine.as_mut(), &other[..5 * (round % 3) + 2])?;
+        }
         let seen = logits_of(engine.as_mut(), &tokens)?;
-        ctx.check_bits(format!("logits of call {}", round + 2), &seen.data, &expected.data);
+        ctx.check_bits(format!("logits of call {}", round + 2), &seen.data, &first.data);
     }
     let sizes = [4, 1, 1, 3];
     let expected = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(9))?;
-    let seen = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(40))?;
-    ctx.check_bits("logits of the same chunks with another cache", &seen, &expected);
+    for capacity in [40, 9, 64] {
+        let seen = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(capacity))?;
+        ctx.check_bits(format!("logits of the same chunks with a cache of {capacity}"), &seen, &expected);
+    }
+    ctx.check_bits("logits of the first call, read after all others", &Logits::of(&kept)?.data, &first.data);
+    let one = logits_of(engine.as_mut(), &tokens[..1])?;
+    for call in 0..130 {
+        let seen = logits_of(engine.as_mut(), &tokens[..1])?;
+        ctx.check_bits(format!("logits of one token, call {call} of 130"), &seen.data, &one.data);
+    }
     Ok(())
 }
 
@@ -93,10 +117,10 @@ fn same_seed(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let tokens = prompt(ctx.facts(), 5, 72);
     for seed in SEEDS {
-        let first = engine.generate_deterministic(&tokens, 10, seed)?;
-        let again = engine.generate_deterministic(&tokens, 10, seed)?;
+        let first = engine.generate_deterministic(&tokens, 20, seed)?;
+        let again = engine.generate_deterministic(&tokens, 20, seed)?;
         engine.reset()?;
-        let reset = engine.generate_deterministic(&tokens, 10, seed)?;
+        let reset = engine.generate_deterministic(&tokens, 20, seed)?;
         for (what, result) in [("again", &again), ("after reset()", &reset)] {
             let what = format!("seed {seed} {what}");
             ctx.check_slices(format!("{what}: tokens"), &result.generated_tokens, &first.generated_tokens);
@@ -115,13 +139,25 @@ fn sample(engine: &mut dyn BitNetInference, tokens: &[u32], seed: u64) -> Result
 fn fresh_engine(ctx: &mut Context<'_>) -> CheckResult {
     let (mut first, mut second) = (ctx.engine()?, ctx.engine()?);
     let tokens = prompt(ctx.facts(), 6, 73);
-    let expected = logits_of(first.as_mut(), &tokens)?;
+    let logits = logits_of(first.as_mut(), &tokens)?;
     let seen = logits_of(second.as_mut(), &tokens)?;
-    ctx.check_bits("logits of a second engine", &seen.data, &expected.data);
+    ctx.check_bits("logits of a second engine", &seen.data, &logits.data);
     let expected = sample(first.as_mut(), &tokens, 7)?;
     drop(first);
     let seen = sample(second.as_mut(), &tokens, 7)?;
     ctx.check_slices("tokens of a second engine", &seen, &expected);
+    let seen = logits_of(second.as_mut(), &tokens)?;
+    ctx.check_bits("logits of the second engine without the first", &seen.data, &logits.data);
+    // Blocks of NaN of many sizes, freed again: whoever reads memory that it did not write reads NaN.
+    let expected = logits_of(second.as_mut(), &tokens)?;
+    for round in 0..3 {
+        let blocks: Vec<Vec<f32>> = (6..18).map(|size| vec![f32::NAN; (1 << size) + round]).collect();
+        drop(std::hint::black_box(blocks));
+        let seen = logits_of(ctx.engine()?.as_mut(), &tokens)?;
+        ctx.check_bits("logits of a fresh engine on used memory", &seen.data, &expected.data);
+        let seen = logits_of(second.as_mut(), &tokens)?;
+        ctx.check_bits("logits of the second engine on used memory", &seen.data, &expected.data);
+    }
     Ok(())
 }
 
@@ -179,8 +215,10 @@ impl Seen {
 fn threads(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), ctx.facts().max_positions.min(33), 74);
     let mut expected: Option<Seen> = None;
-    for threads in [1, 2, 3, 7] {
-        let mut engine = ctx.engine_with(&CreateOptions::default().with_threads(threads))?;
+    let by_default = CreateOptions::default();
+    let chosen = [1, 2, 3, 7].map(|threads| (threads.to_string(), by_default.clone().with_threads(threads)));
+    for (threads, options) in chosen.into_iter().chain([("the default number of".to_string(), by_default)]) {
+        let mut engine = ctx.engine_with(&options)?;
         let seen = Seen::of(engine.as_mut(), &tokens)?;
         match &expected {
             None => expected = Some(seen),
@@ -224,7 +262,8 @@ fn seeds_differ(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), 5, 75);
     // At this temperature a token is close to a fair draw from all: two sequences of 12 agree by chance about never.
     let mut drawn = Vec::new();
-    for seed in (0..6).chain([u64::MAX, 1 << 32]) {
+    // The others are what is left of a seed that loses its upper half, its sign or the bits that a double has no room for.
+    for seed in (0..6).chain([u64::MAX, u64::MAX - 1, 1 << 31, 1 << 32, 1 << 53, (1 << 53) + 1, 1 << 63]) {
         let config = GenerationConfig { temperature: 20.0, ..plain(seed) };
         drawn.push((seed, generate(engine.as_mut(), &tokens, 12, &config)?.generated_tokens));
     }
@@ -271,6 +310,64 @@ fn generate_deterministic(ctx: &mut Context<'_>) -> CheckResult {
         let expected = generate(engine.as_mut(), &tokens, 9, &config)?;
         ctx.check_slices(format!("tokens with seed {seed}"), &seen.generated_tokens, &expected.generated_tokens);
         ctx.check_eq("finish reason", seen.finish_reason, expected.finish_reason);
+    }
+    Ok(())
+}
+
+/// A prompt and others that are like it by length, beginning, end, or the tokens they are made of.
+fn alike(ctx: &Context<'_>) -> Vec<(&'static str, Vec<u32>)> {
+    let base = prompt(ctx.facts(), 7, 69);
+    let changed = |positions: &[usize]| {
+        let mut tokens = base.clone();
+        positions.iter().for_each(|&i| tokens[i] = other_token(ctx.facts(), tokens[i]));
+        tokens
+    };
+    let mut swapped = base.clone();
+    swapped.swap(2, 4);
+    let longer = [&base[..], &prompt(ctx.facts(), 2, 68)].concat();
+    vec![
+        ("the prompt", base.clone()),
+        ("another token in the middle", changed(&[3])),
+        ("another beginning", changed(&[0])),
+        ("another end", changed(&[6])),
+        ("the same tokens in another order", swapped),
+        ("another second half", changed(&[4, 5, 6])),
+        ("the first half", base[..4].to_vec()),
+        ("the prompt and more", longer),
+    ]
+}
+
+fn lookalikes(ctx: &mut Context<'_>) -> CheckResult {
+    fn answers(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<(Vec<f32>, Vec<f32>, Vec<u32>), Stop> {
+        let cached = chunked(engine, tokens, &[tokens.len()], &mut KVCache::new(16))?;
+        Ok((logits_of(engine, tokens)?.data, cached, generate(engine, tokens, 5, &plain(69))?.generated_tokens))
+    }
+    let mut engine = ctx.engine()?;
+    let prompts = alike(ctx);
+    let base = prompts[0].1.clone();
+    for (what, tokens) in &prompts {
+        let (logits, cached, made) = answers(ctx.engine()?.as_mut(), tokens)?;
+        // The prompt comes before each of the others, which then follow something like themselves.
+        answers(engine.as_mut(), &base)?;
+        let seen = answers(engine.as_mut(), tokens)?;
+        ctx.check_bits(format!("logits of {what}, after the prompt"), &seen.0, &logits);
+        ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen.1, &cached);
+        ctx.check_slices(format!("tokens from {what}, after the prompt"), &seen.2, &made);
+    }
+    // The same prompt and seed with another configuration is another question as well.
+    let others = [
+        ("greedily", greedy()),
+        ("at another temperature", GenerationConfig { temperature: 0.4, ..plain(69) }),
+        ("with another penalty", GenerationConfig { repetition_penalty: 2.0, ..plain(69) }),
+        ("from the three most likely", GenerationConfig { top_k: Some(3), ..plain(69) }),
+    ];
+    let mut fresh = ctx.engine()?;
+    for (what, config) in others {
+        fresh.reset()?;
+        let made = generate(fresh.as_mut(), &base, 5, &config)?.generated_tokens;
+        generate(engine.as_mut(), &base, 5, &plain(69))?;
+        let seen = generate(engine.as_mut(), &base, 5, &config)?.generated_tokens;
+        ctx.check_slices(format!("tokens drawn {what}, after others from that prompt"), &seen, &made);
     }
     Ok(())
 }

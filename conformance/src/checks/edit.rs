@@ -135,6 +135,33 @@ impl Held {
     }
 }
 
+impl Held {
+    /// The same values stored as bf16, of which each must be one.
+    pub(super) fn as_bf16(&self) -> Result<Self, Stop> {
+        let mut held = Self { dtype: Dtype::BF16, ..self.clone() };
+        held.set_floats(&self.floats()?)?;
+        Ok(held)
+    }
+
+    /// Rounds the values of an f32 tensor, toward zero, to what bf16 can hold.
+    pub(super) fn truncate_to_bf16(&mut self) -> Result<(), Stop> {
+        let values: Vec<f32> = self.floats()?.iter().map(|v| f32::from_bits(v.to_bits() & 0xffff_0000)).collect();
+        self.set_floats(&values)
+    }
+
+    /// Packs trits `[rows × columns]` given by a function of row and column.
+    pub(super) fn set_trits(&mut self, trit: impl Fn(usize, usize) -> i8) -> Result<(), Stop> {
+        let &[quarter, columns] = &self.shape[..] else {
+            return Err(Stop::Inconclusive(format!("a tensor of shape {:?} holds no packed trits", self.shape)));
+        };
+        let byte = |row: usize, column: usize| {
+            (0..4).fold(0u8, |byte, i| byte | (((trit(i * quarter + row, column) + 1) as u8) << (2 * i)))
+        };
+        self.data = (0..quarter * columns).map(|i| byte(i / columns, i % columns)).collect();
+        Ok(())
+    }
+}
+
 fn f16_to_f32(half: u16) -> f32 {
     let sign = if half >> 15 == 1 { -1.0 } else { 1.0 };
     let (exponent, fraction) = (i32::from(half >> 10 & 0x1f), f32::from(half & 0x3ff));

@@ -1,6 +1,6 @@
 //! Input validation and the error taxonomy: every trigger its own variant, and an engine that goes on as before.
 
-use super::support::{SMALL_CONTEXT, generate, greedy, ids, is_invalid_token, logits_of, prompt, try_forward};
+use super::support::{SMALL_CONTEXT, generate, greedy, ids, logits_of, prompt, try_forward};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use bitnet_contracts::{
     BitNetInference, ConfigurationError, DType, ErrorContext, ErrorSeverity, ForwardPassError, GenerationConfig,
@@ -84,21 +84,32 @@ fn token_out_of_range(ctx: &mut Context<'_>) -> CheckResult {
         ctx.expect_error(format!("generate_deterministic with token {bad} at {position}"), result, at, &name);
     }
     let device = engine.device().clone();
-    for bad in [-1i64, i64::MIN, i64::from(vocab), 1 << 32, (1 << 32) + 1, i64::MAX] {
+    for bad in [-1i64, i64::MIN, i64::from(vocab), i64::from(u32::MAX), 1 << 32, (1 << 32) + 5, i64::MAX] {
         let mut tokens: Vec<i64> = good.iter().map(|&t| i64::from(t)).collect();
         tokens[1] = bad;
         let input = Tensor::from_vec(tokens, (1, 4), &device)?;
+        // What is no u32 has no id to name.
+        let id = u32::try_from(bad).ok();
         let at = |error: &InferenceError| {
-            matches!(error, InferenceError::Tokenization(TokenizationError::InvalidToken { position: 1, .. }))
+            matches!(error, InferenceError::Tokenization(TokenizationError::InvalidToken {
+                position: 1, token_id, vocab_size,
+            }) if id.is_none_or(|id| *token_id == id) && *vocab_size == vocab)
         };
         let result = engine.forward(&input, None);
-        ctx.expect_error(format!("forward with i64 token {bad} at 1"), result, at, "InvalidToken { position: 1 }");
+        let name = format!("InvalidToken {{ position: 1, token_id: {id:?}, vocab_size: {vocab} }}");
+        ctx.expect_error(format!("forward with i64 token {bad} at 1"), result, at, &name);
     }
     if ctx.capabilities().batch {
         let mut rows = [good.clone(), good];
         rows[1][2] = vocab;
         let result = try_forward(engine.as_mut(), &rows, None)?;
-        ctx.expect_error("forward with a bad token in the second row", result, is_invalid_token, "InvalidToken");
+        let at = |error: &InferenceError| {
+            matches!(error, InferenceError::Tokenization(TokenizationError::InvalidToken {
+                position: 2, token_id, ..
+            }) if *token_id == vocab)
+        };
+        let name = "InvalidToken with its position in the sequence, 2";
+        ctx.expect_error("forward with a bad token in the second row", result, at, name);
     }
     Ok(())
 }
@@ -221,6 +232,18 @@ fn invalid_configurations(vocab: u32) -> Vec<(String, GenerationConfig, Option<&
     cases
 }
 
+/// The range that the source's error names, for the parameters that the source checks.
+fn valid_range(parameter: &str, vocab: usize) -> Option<String> {
+    Some(match parameter {
+        "max_new_tokens" | "top_k" => "1 to usize::MAX".to_string(),
+        "temperature" => "0.0 to positive float".to_string(),
+        "top_p" => "0.0 < top_p <= 1.0".to_string(),
+        "repetition_penalty" => "positive float".to_string(),
+        "stop_tokens" => format!("0 to {}", vocab - 1),
+        _ => return None,
+    })
+}
+
 #[track_caller]
 fn expect_configuration<T>(
     ctx: &mut Context<'_>,
@@ -228,22 +251,21 @@ fn expect_configuration<T>(
     result: Result<T, InferenceError>,
     parameter: Option<&'static str>,
 ) {
-    match parameter {
-        Some(name) => {
-            let right = |e: &InferenceError| {
-                matches!(e, InferenceError::Configuration(ConfigurationError::InvalidParameter { parameter, .. })
-                    if parameter == name)
-            };
-            let kind = format!("ConfigurationError::InvalidParameter {{ parameter: {name:?} }}");
-            ctx.expect_error(what, result, right, &kind);
-        }
-        None => {
-            let right = |e: &InferenceError| {
-                matches!(e, InferenceError::Configuration(ConfigurationError::IncompatibleConfig { .. }))
-            };
-            ctx.expect_error(what, result, right, "ConfigurationError::IncompatibleConfig");
-        }
-    }
+    let Some(name) = parameter else {
+        let right = |e: &InferenceError| {
+            matches!(e, InferenceError::Configuration(ConfigurationError::IncompatibleConfig { .. }))
+        };
+        ctx.expect_error(what, result, right, "ConfigurationError::IncompatibleConfig");
+        return;
+    };
+    let range = valid_range(name, ctx.facts().vocab_size);
+    let right = |e: &InferenceError| {
+        matches!(e, InferenceError::Configuration(ConfigurationError::InvalidParameter {
+            parameter, valid_range, value,
+        }) if parameter == name && !value.is_empty() && range.as_ref().is_none_or(|range| range == valid_range))
+    };
+    let kind = format!("ConfigurationError::InvalidParameter {{ parameter: {name:?}, valid_range: {range:?} }}");
+    ctx.expect_error(what, result, right, &kind);
 }
 
 fn generation_config(ctx: &mut Context<'_>) -> CheckResult {
@@ -273,6 +295,23 @@ fn generation_config(ctx: &mut Context<'_>) -> CheckResult {
     ];
     for (what, config) in valid {
         ctx.check_ok(format!("generate with {what}"), engine.generate(&tokens, 2, &config));
+    }
+    // What the source does not check may be refused or mean something, and is no panic.
+    let odd = [
+        ("eos_token_id beyond the vocabulary", GenerationConfig { eos_token_id: Some(last + 1), ..base() }),
+        ("prefill_chunk_size 0", GenerationConfig { prefill_chunk_size: Some(0), ..base() }),
+        ("prefill_chunk_size usize::MAX", GenerationConfig { prefill_chunk_size: Some(usize::MAX), ..base() }),
+        ("max_total_tokens 0", GenerationConfig { max_total_tokens: 0, ..base() }),
+        ("an empty stop sequence", GenerationConfig { stop_sequences: vec![String::new()], ..base() }),
+        (
+            "min_new_tokens usize::MAX",
+            GenerationConfig { max_new_tokens: usize::MAX, min_new_tokens: usize::MAX, ..base() },
+        ),
+    ];
+    for (what, config) in odd {
+        let result = engine.generate(&tokens, 2, &config);
+        let most = result.as_ref().map_or(0, |r| r.generated_tokens.len());
+        ctx.check(most <= 2, format!("generate with {what}: an error, or at most two tokens"), most);
     }
     Ok(())
 }

@@ -1,9 +1,6 @@
 //! Limits, stop rules and results of generation.
 
-use super::support::{
-    SMALL_CONTEXT, TRAINED_MODEL, exact, generate, greedy, own_greedy, plain, prompt, same_greedy, until_eos,
-};
-use crate::backend::Capability;
+use super::support::{SMALL_CONTEXT, exact, generate, greedy, own_greedy, plain, prompt, same_greedy, until_eos};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::invariance::Axis;
 use crate::tolerance;
@@ -46,6 +43,14 @@ pub(super) const CHECKS: &[Check] = &[
     )
     .on(ModelSet::Only(SMALL_CONTEXT)),
     Check::new(
+        "GEN-4",
+        "generation/own_end_of_sequence",
+        GENERATION,
+        "of the model's own end-of-sequence tokens all end generation, or none does",
+        own_end_of_sequence,
+    )
+    .on(ModelSet::Where(|f| f.eos.len() > 1)),
+    Check::new(
         "GEN-5",
         "generation/min_new_tokens",
         GENERATION,
@@ -53,15 +58,6 @@ pub(super) const CHECKS: &[Check] = &[
         min_new_tokens,
     )
     .on(ModelSet::Only(SMALL_CONTEXT)),
-    Check::new(
-        "GEN-6",
-        "generation/stop_sequence",
-        GENERATION,
-        "a stop sequence ends generation, across token borders too",
-        stop_sequence,
-    )
-    .on(ModelSet::Only(TRAINED_MODEL))
-    .needs(Capability::Tokenizer),
     Check::new(
         "GEN-7",
         "generation/result_is_true",
@@ -87,14 +83,6 @@ pub(super) const CHECKS: &[Check] = &[
     )
     .tests(Axis::Chunking)
     .on(ModelSet::Where(|f| f.max_positions <= 64 || f.has_tokenizer)),
-    Check::new(
-        "GEN-11",
-        "generation/text",
-        GENERATION,
-        "generated_text is the tokenizer's text of the tokens, and empty without one",
-        text,
-    )
-    .on(ModelSet::Every),
 ];
 
 fn limited(max_new_tokens: usize) -> GenerationConfig {
@@ -212,6 +200,7 @@ fn stop_token(ctx: &mut Context<'_>) -> CheckResult {
     let config = GenerationConfig { stop_tokens: vec![never], ..limited(8) };
     let result = generate(engine.as_mut(), &tokens, 8, &config)?;
     ctx.check_slices("a stop token that does not come: tokens", &result.generated_tokens, &out);
+    ctx.check_eq("a stop token that does not come: finish", result.finish_reason, FinishReason::MaxTokens);
     // In the prompt it stops nothing.
     let config = GenerationConfig { stop_tokens: vec![tokens[3]], ..limited(1) };
     if tokens[3] != out[0] {
@@ -230,6 +219,36 @@ fn end_of_sequence(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_slices(format!("tokens with eos_token_id {eos}"), &result.generated_tokens, &out[..count]);
         ctx.check_eq("finish reason at eos_token_id", result.finish_reason, FinishReason::EndOfSequence);
     }
+    if tokens[3] != out[0] {
+        let config = GenerationConfig { eos_token_id: Some(tokens[3]), ..limited(1) };
+        let result = generate(engine.as_mut(), &tokens, 1, &config)?;
+        ctx.check_slices("eos_token_id in the prompt: tokens", &result.generated_tokens, &out[..1]);
+    }
+    Ok(())
+}
+
+fn own_end_of_sequence(ctx: &mut Context<'_>) -> CheckResult {
+    let mut engine = ctx.engine()?;
+    let other = prompt(ctx.facts(), 1, 295)[0];
+    let mut ended = Vec::new();
+    for &eos in &ctx.facts().eos {
+        // Every time that a token was seen makes it likelier, until no other can come.
+        let tokens = [other, eos, eos, eos];
+        let config = GenerationConfig { frequency_penalty: -1000.0, ..limited(2) };
+        let result = generate(engine.as_mut(), &tokens, 2, &config)?;
+        let by_eos = result.finish_reason == FinishReason::EndOfSequence;
+        let expected: &[u32] = if by_eos { &[] } else { &[eos, eos] };
+        if !by_eos && result.generated_tokens != expected {
+            return Err(Stop::Inconclusive(format!("token {eos} could not be made to come")));
+        }
+        ctx.check_slices(format!("tokens at the model's own token {eos}"), &result.generated_tokens, expected);
+        ended.push(by_eos);
+    }
+    ctx.check(
+        ended.windows(2).all(|pair| pair[0] == pair[1]),
+        format!("each of {:?} ends the text, or none does", ctx.facts().eos),
+        format!("{ended:?}"),
+    );
     Ok(())
 }
 
@@ -255,63 +274,6 @@ fn min_new_tokens(ctx: &mut Context<'_>) -> CheckResult {
             }
         }
     }
-    Ok(())
-}
-
-fn stop_sequence(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let steps = 16;
-    let mut found = 0;
-    for salt in 0..4 {
-        let tokens = prompt(ctx.facts(), 6, 240 + salt);
-        let full = generate(engine.as_mut(), &tokens, steps, &limited(steps))?;
-        let count = full.generated_tokens.len();
-        // The text after 1, 2, … tokens; a token that ends inside a character may change what is before it.
-        let mut texts = vec![String::new()];
-        for n in 1..=count {
-            texts.push(generate(engine.as_mut(), &tokens, n, &limited(n))?.generated_text);
-        }
-        for i in 2..count {
-            let (before, after) = (&texts[i], &texts[i + 1]);
-            if !after.starts_with(before.as_str()) || before.len() < 2 || after.len() < before.len() + 1 {
-                continue;
-            }
-            // The last character of one token and the first of the next.
-            let (Some(tail), Some(head)) = (before.chars().last(), after[before.len()..].chars().next()) else {
-                continue;
-            };
-            let stop: String = [tail, head].iter().collect();
-            if before.contains(&stop) || stop.contains('\u{fffd}') {
-                continue;
-            }
-            found += 1;
-            let config =
-                GenerationConfig { stop_sequences: vec!["\u{1}never\u{1}".into(), stop.clone()], ..limited(steps) };
-            let result = generate(engine.as_mut(), &tokens, steps, &config)?;
-            let what = format!("stop sequence {stop:?} across tokens {i} and {}", i + 1);
-            ctx.check_eq(format!("{what}: finish reason"), result.finish_reason, FinishReason::StopSequence);
-            let seen = &result.generated_tokens;
-            // Whether the tokens of the stop text itself are kept is left open; nothing before it may go, nothing after
-            // it may come.
-            let lowest = (0..=i).rev().find(|&n| texts[n].len() < before.len()).unwrap_or(0);
-            ctx.check(
-                (lowest..=i + 1).contains(&seen.len()),
-                format!("{what}: {lowest} to {} tokens", i + 1),
-                format!("{} tokens", seen.len()),
-            );
-            let shared = seen.len().min(count);
-            ctx.check_slices(format!("{what}: tokens"), &seen[..shared], &full.generated_tokens[..shared]);
-            break;
-        }
-    }
-    if found == 0 {
-        return Err(Stop::Inconclusive("no continuation has text across a token border".to_string()));
-    }
-    let config = GenerationConfig { stop_sequences: vec!["\u{1}never\u{1}".into()], ..limited(5) };
-    let tokens = prompt(ctx.facts(), 6, 240);
-    let result = generate(engine.as_mut(), &tokens, 5, &config)?;
-    let free = generate(engine.as_mut(), &tokens, 5, &limited(5))?;
-    ctx.check_slices("a stop sequence that does not come: tokens", &result.generated_tokens, &free.generated_tokens);
     Ok(())
 }
 
@@ -404,6 +366,22 @@ fn clean_state(ctx: &mut Context<'_>) -> CheckResult {
     ctx.check(refused, "an empty prompt is refused", "it was accepted");
     let seen = generate(engine.as_mut(), &b, 8, &config)?;
     ctx.check_slices("tokens after a refused generation", &seen.generated_tokens, &expected.generated_tokens);
+    // Whatever an engine keeps of the last sequence for one that begins like it: the next turn of a conversation, a part
+    // of the last turn, another end of it, and the same prompt once more.
+    let turn = [b.as_slice(), &seen.generated_tokens].concat();
+    let mut branch = turn.clone();
+    branch[b.len()] = super::support::other_token(ctx.facts(), branch[b.len()]);
+    for (what, tokens) in [
+        ("the next turn", [turn.as_slice(), &a[..3]].concat()),
+        ("a part of the last turn", turn[..turn.len() - 2].to_vec()),
+        ("another end of the last turn", branch),
+        ("the first prompt", b.clone()),
+        ("the end of the last turn", turn[1..].to_vec()),
+    ] {
+        let expected = generate(ctx.engine()?.as_mut(), &tokens, 5, &config)?;
+        let seen = generate(engine.as_mut(), &tokens, 5, &config)?;
+        ctx.check_slices(format!("{what}: tokens"), &seen.generated_tokens, &expected.generated_tokens);
+    }
     Ok(())
 }
 
@@ -414,7 +392,7 @@ fn cache_and_chunks(ctx: &mut Context<'_>) -> CheckResult {
         let base = GenerationConfig { max_new_tokens: 6, ..base };
         let expected = generate(engine.as_mut(), &tokens, 6, &base)?.generated_tokens;
         let mut variants = vec![("use_cache false".to_string(), GenerationConfig { use_cache: false, ..base.clone() })];
-        for size in [1, 3, 9, 1000] {
+        for size in [1, 2, 4, 9, 1000] {
             let config = GenerationConfig { prefill_chunk_size: Some(size), ..base.clone() };
             variants.push((format!("prefill_chunk_size {size}"), config.clone()));
             variants.push((
@@ -439,28 +417,5 @@ fn cache_and_chunks(ctx: &mut Context<'_>) -> CheckResult {
             )?;
         }
     }
-    Ok(())
-}
-
-fn text(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let tokens = prompt(ctx.facts(), 4, 290);
-    let result = generate(engine.as_mut(), &tokens, 8, &limited(8))?;
-    if !ctx.facts().has_tokenizer || !ctx.capabilities().tokenizer {
-        ctx.check_eq("text without a tokenizer", result.generated_text.as_str(), "");
-        return Ok(());
-    }
-    ctx.check(
-        result.generated_tokens.is_empty() || !result.generated_text.is_empty(),
-        format!("text of {:?}", result.generated_tokens),
-        "no text",
-    );
-    // Tokens of plain text: the text of a continuation begins with the text of its beginning.
-    let shorter = generate(engine.as_mut(), &tokens, 4, &limited(4))?;
-    let whole = &result.generated_text;
-    let begins = whole.starts_with(shorter.generated_text.trim_end_matches('\u{fffd}'));
-    ctx.check(begins, format!("text that begins with {:?}", shorter.generated_text), format!("{whole:?}"));
-    let again = generate(engine.as_mut(), &tokens, 8, &limited(8))?;
-    ctx.check_eq("text of the same tokens", again.generated_text.as_str(), whole.as_str());
     Ok(())
 }

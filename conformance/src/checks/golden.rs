@@ -1,17 +1,13 @@
-//! Logits and tokens against the golden data, and model files that say the same thing in another way.
+//! Logits and tokens against the golden data.
 
-use super::edit::Model;
 use super::stats::Rows;
-use super::support::{
-    EDIT_MODEL, check_lost, chunked, forward, generate, greedy, logits_of, own_margin, prompt, reach, until_eos,
-};
+use super::support::{check_lost, chunked, forward, generate, greedy, logits_of, own_margin, reach, until_eos};
 use crate::backend::{Noise, Semantics};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::measure;
 use crate::tolerance;
-use bitnet_contracts::{BitNetInference, InferenceError, KVCache};
+use bitnet_contracts::{BitNetInference, KVCache, PerformanceContract, PerformanceMonitor};
 use golden::{Golden, Prompt};
-use serde_json::{Value, json};
 
 const GOLDEN: Category = Category::Golden;
 
@@ -25,42 +21,18 @@ const fn check(
 }
 
 pub(super) const CHECKS: &[Check] = &[
-    check("GLD-1", "golden/correlation", "every position correlates above 0.99 with the fp32 golden", correlation),
     check(
-        "GLD-2",
-        "golden/own_semantics",
-        "logits are those of the declared semantics: error, correlation, slope and KL of every row",
-        own_semantics,
+        "GLD-1",
+        "golden/logits",
+        "logits are the golden's, whole and in decoding: correlation, error, slope, KL and top-1 token of every row",
+        logits,
     ),
-    check("GLD-3", "golden/top1", "the top-1 token is the golden's wherever its margin is clear", top1),
-    check("GLD-4", "golden/decode", "token by token with a cache the same golden holds", decode),
     check(
         "GLD-5",
         "golden/greedy_tokens",
         "greedy tokens are the golden's up to its first unclear step",
         greedy_tokens,
     ),
-    check(
-        "GLD-6",
-        "golden/reproduced_rows",
-        "w1.58a8 arithmetic reproduces the golden's rows but for rounding ties",
-        reproduced_rows,
-    )
-    .on(ModelSet::Only(tolerance::A8_SHARE_MODELS[2])),
-    check(
-        "GLD-7",
-        "golden/spellings",
-        "RoPE base, tied head and scale have two spellings each, and mean the same in both",
-        spellings,
-    )
-    .on(ModelSet::Only(EDIT_MODEL)),
-    check(
-        "GLD-8",
-        "golden/facts_are_read",
-        "RoPE base, epsilon, scales and linear_class are read from the model, not assumed",
-        facts_are_read,
-    )
-    .on(ModelSet::Only(EDIT_MODEL)),
 ];
 
 /// The golden logits of a prompt in one of the semantics: transformers', or the oracle's where there are no others.
@@ -84,25 +56,6 @@ fn evaluate(ctx: &Context<'_>, engine: &mut dyn BitNetInference, prompt: &Prompt
     Ok(data)
 }
 
-/// Every row of every prompt against the golden of the given semantics.
-fn compare(ctx: &mut Context<'_>, golden: &Golden, semantics: Semantics) -> Result<(Rows, f64), Stop> {
-    let mut engine = ctx.engine()?;
-    let (mut rows, mut reach) = (Rows::default(), 0.0f64);
-    for prompt in &golden.prompts {
-        let expected = golden_logits(golden, prompt, semantics)?;
-        let seen = evaluate(ctx, engine.as_mut(), prompt)?;
-        ctx.require(
-            seen.len() == expected.len(),
-            format!("{} logits for prompt {}", expected.len(), prompt.name),
-            seen.len(),
-        )?;
-        rows.add(&seen, expected, prompt.vocab);
-        reach = expected.iter().fold(reach, |m, &x| m.max(f64::from(x).abs()));
-        ctx.compared(expected.len());
-    }
-    Ok((rows, reach))
-}
-
 /// The gap between the two semantics of the model itself: its fp32 golden against its w1.58a8 golden.
 fn quantisation_gap(golden: &Golden) -> Result<Rows, Stop> {
     let mut gap = Rows::default();
@@ -114,15 +67,41 @@ fn quantisation_gap(golden: &Golden) -> Result<Rows, Stop> {
     Ok(gap)
 }
 
-fn correlation(ctx: &mut Context<'_>) -> CheckResult {
+fn logits(ctx: &mut Context<'_>) -> CheckResult {
     let golden = ctx.golden()?;
-    let (rows, _) = compare(ctx, &golden, Semantics::Fp32)?;
+    let semantics = ctx.capabilities().semantics;
+    let mut engine = ctx.engine()?;
+    let (mut own, mut fp32, mut largest) = (Rows::default(), Rows::default(), 0.0f64);
+    for prompt in &golden.prompts {
+        let expected = golden_logits(&golden, prompt, semantics)?;
+        let seen = evaluate(ctx, engine.as_mut(), prompt)?;
+        ctx.require(
+            seen.len() == expected.len(),
+            format!("{} logits for prompt {}", expected.len(), prompt.name),
+            seen.len(),
+        )?;
+        own.add(&seen, expected, prompt.vocab);
+        fp32.add(&seen, golden_logits(&golden, prompt, Semantics::Fp32)?, prompt.vocab);
+        largest = largest.max(reach(expected));
+        ctx.compared(expected.len());
+    }
+    correlation(ctx, &fp32);
+    own_semantics(ctx, &golden, &own, largest)?;
+    check_lost(ctx, "against the golden", &own, largest);
+    ctx.measure("top1_agreement", own.mean(|r| f64::from(u8::from(r.lost_margin == 0.0))));
+    decode(ctx, &golden, engine.as_mut())
+}
+
+/// The contract's own clause: the worst row's correlation with the fp32 golden, here and through the monitor.
+fn correlation(ctx: &mut Context<'_>, rows: &Rows) {
     let (row, worst) = rows.worst_pearson();
     let what = format!("1 - correlation with the fp32 golden, worst row (row {row} of {})", rows.len());
     ctx.check_within(what, 1.0 - worst, &tolerance::FP32_CORRELATION);
+    let mut monitor = PerformanceMonitor::new(PerformanceContract::default());
+    ctx.check_ok(format!("validate_accuracy({worst:.6})"), monitor.validate_accuracy(worst as f32));
     ctx.measure_min(measure::WORST_CORRELATION, worst);
+    ctx.series(measure::SERIES_CORRELATION, rows.figures(|r| 1.0 - r.pearson));
     ctx.measure("mean_kl_fp32_nats", rows.mean(|r| r.kl));
-    Ok(())
 }
 
 /// Whether a backend's logits can be held to single values: fp32 semantics in float32.
@@ -143,9 +122,8 @@ fn check_correlation(ctx: &mut Context<'_>, rows: &Rows) -> f64 {
     worst
 }
 
-fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
-    let golden = ctx.golden()?;
-    let (rows, reach) = compare(ctx, &golden, ctx.capabilities().semantics)?;
+fn own_semantics(ctx: &mut Context<'_>, golden: &Golden, rows: &Rows, reach: f64) -> CheckResult {
+    ctx.series(measure::SERIES_MAX_ABS, rows.figures(|r| r.max_abs));
     if exact(ctx) {
         let (row, gap) = rows.worst_abs();
         let what = format!("largest difference of a logit from the fp32 golden (row {row} of {})", rows.len());
@@ -153,9 +131,9 @@ fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
         ctx.measure("worst_abs_own_golden", gap);
         return Ok(());
     }
-    let worst = check_correlation(ctx, &rows);
+    let worst = check_correlation(ctx, rows);
     ctx.measure("worst_correlation_own_golden", worst);
-    let gap = quantisation_gap(&golden)?;
+    let gap = quantisation_gap(golden)?;
     let tolerance = match ctx.capabilities().noise {
         Noise::F32 => &tolerance::A8_GAP,
         Noise::Coarse => &tolerance::COARSE_GAP,
@@ -175,35 +153,26 @@ fn own_semantics(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
-fn top1(ctx: &mut Context<'_>) -> CheckResult {
-    let golden = ctx.golden()?;
-    let semantics = ctx.capabilities().semantics;
-    let (rows, reach) = compare(ctx, &golden, semantics)?;
-    check_lost(ctx, "against the golden", &rows, reach);
-    ctx.measure("top1_agreement", rows.mean(|r| f64::from(u8::from(r.lost_margin == 0.0))));
-    Ok(())
-}
-
-fn decode(ctx: &mut Context<'_>) -> CheckResult {
-    let golden = ctx.golden()?;
+/// The longest prompt through a cache: half of it at once and the rest token by token, then all token by token.
+fn decode(ctx: &mut Context<'_>, golden: &Golden, engine: &mut dyn BitNetInference) -> CheckResult {
     let capabilities = ctx.capabilities().clone();
     let longest = golden.prompts.iter().max_by_key(|p| p.seq);
     let longest = longest.ok_or_else(|| Stop::Inconclusive("no golden prompt".to_string()))?;
-    let mut engine = ctx.engine()?;
     let tokens = &longest.input_ids[0];
     let half = tokens.len() / 2;
     let sizes = [vec![half; usize::from(half > 0)], vec![1; tokens.len() - half]].concat();
-    let mut seen = chunked(engine.as_mut(), tokens, &sizes, &mut KVCache::new(tokens.len()))?;
+    let mut seen = chunked(engine, tokens, &sizes, &mut KVCache::new(tokens.len()))?;
     let mut sessions = 1;
     if tokens.len() > 1 {
-        seen.extend(chunked(engine.as_mut(), tokens, &vec![1; tokens.len()], &mut KVCache::new(tokens.len()))?);
+        seen.extend(chunked(engine, tokens, &vec![1; tokens.len()], &mut KVCache::new(tokens.len()))?);
         sessions = 2;
     }
-    let expected = &golden_logits(&golden, longest, capabilities.semantics)?[..tokens.len() * longest.vocab];
+    let expected = &golden_logits(golden, longest, capabilities.semantics)?[..tokens.len() * longest.vocab];
     let expected = expected.repeat(sessions);
     let mut rows = Rows::default();
     rows.add(&seen, &expected, longest.vocab);
     ctx.compared(seen.len());
+    ctx.series(measure::SERIES_DECODING, rows.figures(|r| r.max_abs));
     let reach = reach(&expected);
     if exact(ctx) {
         let (row, gap) = rows.worst_abs();
@@ -247,160 +216,5 @@ fn greedy_tokens(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check(result.generated_tokens.iter().all(|&t| t < vocab), "a token of the vocabulary", "one beyond");
     }
     ctx.measure("greedy_tokens_compared", compared as f64);
-    Ok(())
-}
-
-fn reproduced_rows(ctx: &mut Context<'_>) -> CheckResult {
-    if (ctx.capabilities().semantics, ctx.capabilities().noise) != (Semantics::W158A8, Noise::F32) {
-        return Err(Stop::Unsupported("w1.58a8 semantics in float32 arithmetic".to_string()));
-    }
-    let mut shares = Vec::new();
-    for case in tolerance::A8_SHARE_MODELS {
-        let model = ctx.other_model(case)?;
-        let golden = golden::load(case)?;
-        let mut engine = ctx.factory().create(&model)?;
-        let mut rows = Rows::default();
-        for prompt in &golden.prompts {
-            let expected = golden_logits(&golden, prompt, Semantics::W158A8)?;
-            rows.add(&evaluate(ctx, engine.as_mut(), prompt)?, expected, prompt.vocab);
-            ctx.compared(expected.len());
-        }
-        let (within, share) = rows.share_within(tolerance::A8_ROW.limit());
-        ctx.note_error(within, &tolerance::A8_ROW);
-        ctx.note(format!("{case}: {share:.3} of {} rows within {}", rows.len(), tolerance::A8_ROW.limit()));
-        shares.push(share);
-    }
-    let mean = shares.iter().sum::<f64>() / shares.len() as f64;
-    ctx.measure("reproduced_rows", mean);
-    let what = format!(
-        "share of rows beyond {} of the golden, mean of {:?}",
-        tolerance::A8_ROW.limit(),
-        tolerance::A8_SHARE_MODELS
-    );
-    ctx.check_within(what, 1.0 - mean, &tolerance::A8_ROWS_LOST);
-    Ok(())
-}
-
-/// The logits of a prompt by an engine on an edited model.
-fn edited(ctx: &Context<'_>, name: &str, model: &Model, tokens: &[u32]) -> Result<Vec<f32>, Stop> {
-    let dir = ctx.scratch().join(name);
-    model.write(&dir)?;
-    let fixture = ctx.model().relocated(&dir);
-    let created = ctx.factory().create(&fixture);
-    let mut engine =
-        created.map_err(|e: InferenceError| Stop::Unexpected(format!("model {name}: create failed: {e}")))?;
-    Ok(logits_of(engine.as_mut(), tokens)?.data)
-}
-
-/// A change to a model.
-type Edit = fn(&mut Model) -> CheckResult;
-
-/// The scales of a model, each replaced by its reciprocal rounded to f32.
-fn invert_scales(model: &mut Model) -> CheckResult {
-    for held in model.tensors.iter_mut().filter(|(name, _)| name.ends_with("weight_scale")).map(|(_, held)| held) {
-        let inverted: Vec<f32> = held.floats()?.iter().map(|s| 1.0 / s).collect();
-        held.set_floats(&inverted)?;
-    }
-    Ok(())
-}
-
-fn linear_class(model: &mut Model, class: Option<&str>) {
-    let mut quantization = json!({"quant_method": "bitnet", "quantization_mode": "offline"});
-    if let Some(class) = class {
-        quantization["linear_class"] = json!(class);
-    }
-    model.set("quantization_config", quantization);
-}
-
-fn spellings(ctx: &mut Context<'_>) -> CheckResult {
-    let tokens = prompt(ctx.facts(), 9, 700);
-    let original = Model::read(ctx.model().dir())?;
-    let base = edited(ctx, "as-it-was", &original, &tokens)?;
-    let theta = ctx.facts().rope_theta;
-
-    let mut model = original.clone();
-    model.set("rope_theta", Value::Null);
-    model.set("rope_parameters", json!({"rope_theta": theta, "rope_type": "default"}));
-    let seen = edited(ctx, "rope-parameters", &model, &tokens)?;
-    ctx.check_bits("logits with rope_parameters in place of rope_theta", &seen, &base);
-    model.set("rope_parameters", Value::Null);
-    model.set("rope_theta", json!(theta));
-    let seen = edited(ctx, "rope-theta", &model, &tokens)?;
-    ctx.check_bits("logits with rope_theta at the top", &seen, &base);
-
-    // An own head that is the embedding, against a tied one.
-    let embedding = original.clone().tensor("model.embed_tokens.weight")?.clone();
-    let mut own = original.clone();
-    own.tensors.insert("lm_head.weight".to_string(), embedding);
-    own.set("tie_word_embeddings", json!(false));
-    let mut tied = own.clone();
-    tied.tensors.remove("lm_head.weight");
-    tied.set("tie_word_embeddings", json!(true));
-    let (own, tied) = (edited(ctx, "own-head", &own, &tokens)?, edited(ctx, "tied-head", &tied, &tokens)?);
-    super::support::same_logits(
-        ctx,
-        crate::invariance::Axis::Chunking,
-        "logits of a tied head and of the same head untied",
-        &tied,
-        &own,
-    );
-    ctx.check(own != base, "the head that is in the file is the one that is used", "another head, the same logits");
-
-    // Powers of two as scales: 1/s is exact, so that multiplying and dividing by them is the same.
-    let mut multiplied = original.clone();
-    for (i, held) in
-        multiplied.tensors.iter_mut().filter(|(n, _)| n.ends_with("weight_scale")).map(|(_, h)| h).enumerate()
-    {
-        held.fill(if i % 2 == 0 { 0.125 } else { 0.0625 })?;
-    }
-    linear_class(&mut multiplied, Some("autobitlinear"));
-    let mut divided = multiplied.clone();
-    invert_scales(&mut divided)?;
-    linear_class(&mut divided, Some("bitlinear"));
-    let multiplied = edited(ctx, "scale-multiplied", &multiplied, &tokens)?;
-    let seen = edited(ctx, "scale-divided", &divided, &tokens)?;
-    super::support::same_logits(
-        ctx,
-        crate::invariance::Axis::Chunking,
-        "logits of bitlinear with reciprocal scales",
-        &seen,
-        &multiplied,
-    );
-    linear_class(&mut divided, None);
-    let by_default = edited(ctx, "scale-divided-by-default", &divided, &tokens)?;
-    ctx.check_bits("logits with linear_class left out, which means bitlinear", &by_default, &seen);
-    Ok(())
-}
-
-fn facts_are_read(ctx: &mut Context<'_>) -> CheckResult {
-    let tokens = prompt(ctx.facts(), 9, 710);
-    let original = Model::read(ctx.model().dir())?;
-    let base = edited(ctx, "as-it-was", &original, &tokens)?;
-    let changes: [(&str, Edit); 6] = [
-        ("another RoPE base", |m| {
-            m.set("rope_theta", json!(100.0));
-            m.set("rope_parameters", Value::Null);
-            Ok(())
-        }),
-        ("another epsilon", |m| {
-            m.set("rms_norm_eps", json!(0.5));
-            Ok(())
-        }),
-        ("the other linear_class", |m| {
-            linear_class(m, Some("bitlinear"));
-            Ok(())
-        }),
-        ("another scale of o_proj", |m| m.tensor("model.layers.0.self_attn.o_proj.weight_scale")?.fill(3.0)),
-        ("another final norm", |m| m.tensor("model.norm.weight")?.put(0, 9.0)),
-        ("another attention sub-norm", |m| m.tensor("model.layers.0.self_attn.attn_sub_norm.weight")?.put(1, 30.0)),
-    ];
-    for (what, change) in changes {
-        let mut model = original.clone();
-        change(&mut model)?;
-        let seen = edited(ctx, &what.replace(' ', "-"), &model, &tokens)?;
-        // The same computation on the same numbers gives the same bits (DET-3), so any difference is the change's.
-        let last = seen.len().saturating_sub(ctx.facts().vocab_size);
-        ctx.check(seen[last..] != base[last..], format!("{what} moves the last logits"), "they are the same");
-    }
     Ok(())
 }

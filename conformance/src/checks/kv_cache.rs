@@ -1,13 +1,16 @@
 //! The cache is invisible in the logits, exact in its length, and untouched by errors.
 
+mod refused;
+
 use super::support::{
-    EDIT_MODEL, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, is_invalid_token, logits_of, prompt, same_logits,
+    EDIT_MODEL, Logits, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, length, logits_of, prompt, same_logits,
     try_forward,
 };
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
 use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache};
+use refused::{errors_change_nothing, failed_pass_changes_nothing, foreign_cache, other_batch};
 
 const KV: Category = Category::KvCache;
 
@@ -69,6 +72,14 @@ pub(super) const CHECKS: &[Check] = &[
         errors_change_nothing,
     ),
     Check::new(
+        "KV-6",
+        "kv_cache/failed_pass_changes_nothing",
+        KV,
+        "the same where the pass itself fails on numbers",
+        failed_pass_changes_nothing,
+    )
+    .on(ModelSet::Only(EDIT_MODEL)),
+    Check::new(
         "KV-7",
         "kv_cache/foreign_cache",
         KV,
@@ -117,18 +128,33 @@ fn chunked_is_whole(ctx: &mut Context<'_>) -> CheckResult {
         }
         same_logits(ctx, Axis::Chunking, format!("logits in chunks {sizes:?}"), &data, &whole.data);
     }
+    // The other type of ids goes the same way.
+    let (mut cache, mut data) = (KVCache::new(16), Vec::new());
+    for piece in [&tokens[..4], &tokens[4..5], &tokens[5..]] {
+        let wide = ids(&[piece.to_vec()], &engine.device().clone())?.to_dtype(DType::I64)?;
+        data.extend(Logits::of(&engine.forward(&wide, Some(&mut cache))?)?.data);
+    }
+    same_logits(ctx, Axis::Chunking, "logits of i64 ids in chunks", &data, &whole.data);
     Ok(())
 }
 
 fn long_decode_is_whole(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let positions = ctx.facts().max_positions;
+    let positions = length(ctx.facts(), ctx.facts().max_positions);
     let tokens = prompt(ctx.facts(), positions, 41);
     let whole = logits_of(engine.as_mut(), &tokens)?;
     let mut cache = KVCache::new(positions);
     let steps = chunked(engine.as_mut(), &tokens, &vec![1; positions], &mut cache)?;
     same_logits(ctx, Axis::Chunking, "logits token by token", &steps, &whole.data);
     check_len(ctx, "at the end", &cache, positions);
+    // In pieces as well, the borders of which are no multiples of anything.
+    let (mut sizes, mut left) = (Vec::new(), positions);
+    for size in [7, 9, 15, 3, positions] {
+        sizes.extend((left > 0).then(|| size.min(left)));
+        left -= size.min(left);
+    }
+    let pieces = chunked(engine.as_mut(), &tokens, &sizes, &mut KVCache::new(positions))?;
+    same_logits(ctx, Axis::Chunking, format!("logits in pieces of {sizes:?}"), &pieces, &whole.data);
     Ok(())
 }
 
@@ -184,12 +210,45 @@ fn truncate_and_replay(ctx: &mut Context<'_>) -> CheckResult {
         let expected: Vec<f32> = (kept..10).flat_map(|t| straight.row(0, t).to_vec()).collect();
         same_logits(ctx, Axis::Chunking, format!("logits after truncate({kept})"), &rest.data, &expected);
     }
+    // Twice in one session, with a step between; to its own length and beyond nothing happens.
+    let mut cache = KVCache::new(10);
+    forward(engine.as_mut(), &[[&tokens[..3], &wrong[3..8]].concat()], Some(&mut cache))?;
+    for (len, left) in [(20, 8), (8, 8), (6, 6)] {
+        cache.truncate(len);
+        check_len(ctx, &format!("of 8 after truncate({len})"), &cache, left);
+    }
+    forward(engine.as_mut(), &[vec![wrong[9]]], Some(&mut cache))?;
+    cache.truncate(3);
+    let rest = chunked(engine.as_mut(), &tokens[3..], &[1; 7], &mut cache)?;
+    same_logits(ctx, Axis::Chunking, "logits after two truncations", &rest, &straight.data[3 * straight.vocab..]);
+    if ctx.capabilities().batch {
+        truncated_batch(ctx, engine.as_mut(), &[tokens, wrong])?;
+    }
+    Ok(())
+}
+
+/// Two sequences, each with the other's end, truncated to 4 positions and replayed with its own.
+fn truncated_batch(ctx: &mut Context<'_>, engine: &mut dyn BitNetInference, rows: &[Vec<u32>; 2]) -> CheckResult {
+    let whole = forward(engine, rows, None)?;
+    let mut cache = KVCache::new(10);
+    let crossed = [[&rows[0][..4], &rows[1][4..]].concat(), [&rows[1][..4], &rows[0][4..]].concat()];
+    forward(engine, &crossed, Some(&mut cache))?;
+    cache.truncate(4);
+    let seen = forward(engine, &[rows[0][4..].to_vec(), rows[1][4..].to_vec()], Some(&mut cache))?;
+    for row in 0..2 {
+        let expected = &whole.sequence(row)[4 * whole.vocab..];
+        let what = format!("logits of sequence {row} of two after truncate(4)");
+        same_logits(ctx, Axis::Chunking, what, seen.sequence(row), expected);
+    }
+    check_len(ctx, "of two sequences", &cache, 10);
     Ok(())
 }
 
 fn clear_and_reset(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let (a, b) = (prompt(ctx.facts(), 7, 49), prompt(ctx.facts(), 5, 50));
+    // There is nothing to forget yet, and nothing goes wrong.
+    engine.reset()?;
     let mut fresh = KVCache::new(8);
     let expected = forward(engine.as_mut(), std::slice::from_ref(&b), Some(&mut fresh))?;
     let mut cache = KVCache::new(8);
@@ -240,62 +299,6 @@ fn overflow(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
-fn errors_change_nothing(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let tokens = prompt(ctx.facts(), 8, 52);
-    let whole = logits_of(engine.as_mut(), &tokens)?;
-    let vocab = ctx.facts().vocab_size as u32;
-    let device = engine.device().clone();
-    let mut cache = KVCache::new(8);
-    forward(engine.as_mut(), &[tokens[..3].to_vec()], Some(&mut cache))?;
-
-    let result = try_forward(engine.as_mut(), &[vec![tokens[3], vocab, tokens[4]]], Some(&mut cache))?;
-    ctx.expect_error("an id beyond the vocabulary", result, is_invalid_token, "TokenizationError::InvalidToken");
-    check_len(ctx, "after a bad id", &cache, 3);
-
-    let floats = ids(&[tokens[3..5].to_vec()], &device)?.to_dtype(DType::F32)?;
-    let result = engine.forward(&floats, Some(&mut cache));
-    let invalid_input =
-        |e: &InferenceError| matches!(e, InferenceError::ForwardPass(ForwardPassError::InvalidInput { .. }));
-    ctx.expect_error("f32 ids", result, invalid_input, "ForwardPassError::InvalidInput");
-    check_len(ctx, "after f32 ids", &cache, 3);
-
-    let flat = ids(&[tokens[3..5].to_vec()], &device)?.flatten_all()?;
-    let result = engine.forward(&flat, Some(&mut cache));
-    ctx.check(result.is_err(), "ids of rank 1 are refused", "they were accepted");
-    check_len(ctx, "after ids of rank 1", &cache, 3);
-
-    let rest = forward(engine.as_mut(), &[tokens[3..].to_vec()], Some(&mut cache))?;
-    let expected: Vec<f32> = (3..8).flat_map(|t| whole.row(0, t).to_vec()).collect();
-    same_logits(ctx, Axis::Chunking, "logits after three refused calls", &rest.data, &expected);
-    Ok(())
-}
-
-fn foreign_cache(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let other_model = ctx.other_model(EDIT_MODEL)?;
-    let mut other = ctx.factory().create(&other_model)?;
-    let tokens = prompt(ctx.facts(), 6, 53);
-    let whole = logits_of(engine.as_mut(), &tokens)?;
-    let mut cache = KVCache::new(8);
-    forward(engine.as_mut(), &[tokens[..4].to_vec()], Some(&mut cache))?;
-
-    let result = try_forward(other.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
-    ctx.expect_error("a cache of another model", result, is_cache_error, "ForwardPassError::KVCacheError");
-    check_len(ctx, "after the other model refused it", &cache, 4);
-    let rest = forward(engine.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
-    let expected: Vec<f32> = (4..6).flat_map(|t| whole.row(0, t).to_vec()).collect();
-    same_logits(ctx, Axis::Chunking, "logits of the owner afterwards", &rest.data, &expected);
-
-    // Emptied, it belongs to nobody, and anybody may fill it.
-    cache.clear();
-    let expected = forward(other.as_mut(), &[tokens[..3].to_vec()], Some(&mut KVCache::new(8)))?;
-    let seen = forward(other.as_mut(), &[tokens[..3].to_vec()], Some(&mut cache))?;
-    ctx.check_eq("cache.len() with its new owner", cache.len(), 3);
-    ctx.check_bits("logits of the new owner with an emptied and with a new cache", &seen.data, &expected.data);
-    Ok(())
-}
-
 fn last_position(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let positions = ctx.facts().max_positions;
@@ -323,48 +326,6 @@ fn last_position(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
-fn other_batch(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let rows = [prompt(ctx.facts(), 5, 55), prompt(ctx.facts(), 5, 56)];
-    let whole = forward(engine.as_mut(), &rows, None)?;
-    let mut cache = KVCache::new(8);
-    let start: Vec<Vec<u32>> = rows.iter().map(|r| r[..3].to_vec()).collect();
-    forward(engine.as_mut(), &start, Some(&mut cache))?;
-    let mismatch = |e: &InferenceError| {
-        matches!(
-            e,
-            InferenceError::ForwardPass(
-                ForwardPassError::KVCacheError { .. }
-                    | ForwardPassError::ShapeMismatch { .. }
-                    | ForwardPassError::InvalidInput { .. }
-            )
-        )
-    };
-    for batch in [1, 3] {
-        let other: Vec<Vec<u32>> = (0..batch).map(|b| prompt(ctx.facts(), 2, 57 + b)).collect();
-        let result = try_forward(engine.as_mut(), &other, Some(&mut cache))?;
-        let what = format!("{batch} sequences with a cache of 2");
-        ctx.expect_error(what, result, mismatch, "ForwardPassError::KVCacheError");
-        check_len(ctx, "after the mismatch", &cache, 3);
-    }
-    let rest: Vec<Vec<u32>> = rows.iter().map(|r| r[3..].to_vec()).collect();
-    let seen = forward(engine.as_mut(), &rest, Some(&mut cache))?;
-    for row in 0..2 {
-        let expected: Vec<f32> = (3..5).flat_map(|t| whole.row(row, t).to_vec()).collect();
-        same_logits(
-            ctx,
-            Axis::Chunking,
-            format!("logits of sequence {row} after the mismatches"),
-            seen.sequence(row),
-            &expected,
-        );
-    }
-    cache.clear();
-    let alone = forward(engine.as_mut(), &[rows[0].clone()], Some(&mut cache))?;
-    same_logits(ctx, Axis::Chunking, "one sequence in the cleared cache of two", &alone.data, whole.sequence(0));
-    Ok(())
-}
-
 fn two_caches(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let tokens = [prompt(ctx.facts(), 6, 60), prompt(ctx.facts(), 6, 61)];
@@ -373,15 +334,42 @@ fn two_caches(ctx: &mut Context<'_>) -> CheckResult {
         alone.push(steps(engine.as_mut(), sequence)?);
     }
     let mut caches = [KVCache::new(6), KVCache::new(6)];
+    let mut places = [0, 1];
     let mut together = [Vec::new(), Vec::new()];
-    for (&a, &b) in tokens[0].iter().zip(&tokens[1]) {
+    for (step, (&a, &b)) in tokens[0].iter().zip(&tokens[1]).enumerate() {
+        if step == 3 {
+            // A session is in its cache, wherever that lies.
+            caches.swap(0, 1);
+            places.swap(0, 1);
+        }
         for (session, token) in [a, b].into_iter().enumerate() {
-            together[session].extend(forward(engine.as_mut(), &[vec![token]], Some(&mut caches[session]))?.data);
+            let cache = &mut caches[places[session]];
+            together[session].extend(forward(engine.as_mut(), &[vec![token]], Some(cache))?.data);
         }
     }
     for session in 0..2 {
         let what = format!("logits of session {session} beside the other");
         ctx.check_bits(what, &together[session], &alone[session]);
+    }
+    many_sessions(ctx, engine.as_mut())
+}
+
+/// Nine sessions at once, each begun before any goes on: more than a pool for eight keeps.
+fn many_sessions(ctx: &mut Context<'_>, engine: &mut dyn BitNetInference) -> CheckResult {
+    let tokens: Vec<Vec<u32>> = (0..9).map(|session| prompt(ctx.facts(), 4, 62 + session)).collect();
+    let mut alone = Vec::new();
+    for tokens in &tokens {
+        alone.push(chunked(engine, tokens, &[3, 1], &mut KVCache::new(4))?);
+    }
+    let mut sessions = Vec::new();
+    for tokens in &tokens {
+        let mut cache = KVCache::new(4);
+        let begun = forward(engine, &[tokens[..3].to_vec()], Some(&mut cache))?.data;
+        sessions.push((cache, begun));
+    }
+    for (session, (mut cache, mut seen)) in sessions.into_iter().enumerate() {
+        seen.extend(forward(engine, &[vec![tokens[session][3]]], Some(&mut cache))?.data);
+        ctx.check_bits(format!("logits of session {session} of nine"), &seen, &alone[session]);
     }
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! The checks: one file a category, one function a check, one number of `SPEC.md` each.
 //!
-//! They are written against the contracts alone. What they share is in three places: `support` makes calls, `stats`
-//! and `table` are the arithmetic of their verdicts, `edit` makes the models that lie.
+//! They are written against the contracts alone. Where a backend declares that it lacks what a check needs, a probe of
+//! `probes` runs in its place. What they share is in a few places: `support` makes calls, `stats` and `table` are the
+//! arithmetic of their verdicts, `edit` makes the models that lie, `truth` says what is right on them.
 
+mod arithmetic;
 mod batch;
 mod causality;
 mod concurrency;
@@ -14,7 +16,9 @@ mod golden;
 mod hostile;
 mod kv_cache;
 mod memory;
+mod models;
 mod numerics;
+mod penalties;
 pub mod probes;
 mod process;
 mod sampling;
@@ -24,6 +28,8 @@ mod slope;
 mod stats;
 mod support;
 mod table;
+mod text;
+mod truth;
 
 use crate::case::Check;
 pub(crate) use probes::run;
@@ -33,13 +39,17 @@ pub fn all() -> Vec<Check> {
     [
         shape::CHECKS,
         numerics::CHECKS,
+        arithmetic::CHECKS,
         golden::CHECKS,
+        models::CHECKS,
         causality::CHECKS,
         kv_cache::CHECKS,
         determinism::CHECKS,
         batch::CHECKS,
         generation::CHECKS,
+        text::CHECKS,
         sampling::CHECKS,
+        penalties::CHECKS,
         errors::CHECKS,
         hostile::CHECKS,
         concurrency::CHECKS,

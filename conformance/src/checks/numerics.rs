@@ -1,47 +1,36 @@
-//! Finite numbers everywhere, and numbers that say something.
+//! Finite numbers everywhere, right ones to the last position and for every token, and numbers that say something.
 
-use super::support::{SMALL_CONTEXT, forward, logits_of, prompt};
+use super::support::{forward, logits_of, prompt};
+use super::truth::{Subject, check_truth};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use bitnet_contracts::KVCache;
 
 const NUMERICS: Category = Category::Numerics;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("NUM-1", "numerics/finite", NUMERICS, "every logit of every position is finite", finite)
-        .on(ModelSet::Every),
     Check::new(
         "NUM-1",
-        "numerics/finite_to_the_last_position",
+        "numerics/to_the_last_position",
         NUMERICS,
-        "every logit is finite up to the end of the context",
-        finite_to_the_last_position,
+        "logits are finite, not constant, and on small models the oracle's, up to the end of the context",
+        to_the_last_position,
     )
-    .on(ModelSet::Where(|f| f.max_positions <= 128)),
+    .on(ModelSet::Every),
     Check::new(
         "NUM-2",
-        "numerics/extreme_prompts",
+        "numerics/every_token",
         NUMERICS,
-        "repeated and extreme tokens give finite logits",
-        extreme_prompts,
+        "repeated and extreme tokens give finite logits, and on small models every token the oracle's",
+        every_token,
     )
     .on(ModelSet::Every),
-    Check::new(
-        "NUM-3",
-        "numerics/rows_say_something",
-        NUMERICS,
-        "logits are not constant, and depend on the token",
-        rows_say_something,
-    )
-    .on(ModelSet::Every),
-    Check::new(
-        "NUM-4",
-        "numerics/poisoned_memory",
-        NUMERICS,
-        "results do not depend on what was in memory before",
-        poisoned_memory,
-    )
-    .on(ModelSet::Only(SMALL_CONTEXT)),
 ];
+
+/// The longest context that is filled and compared to its last position.
+const SHORT_CONTEXT: usize = 64;
+
+/// The largest vocabulary of which every token is tried.
+const SMALL_VOCABULARY: usize = 256;
 
 fn check_finite(ctx: &mut Context<'_>, what: &str, data: &[f32]) -> bool {
     let bad = data.iter().filter(|x| !x.is_finite()).count();
@@ -52,77 +41,61 @@ fn check_finite(ctx: &mut Context<'_>, what: &str, data: &[f32]) -> bool {
     ctx.check(bad == 0, format!("{what}: all logits finite"), seen)
 }
 
-fn finite(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let length = ctx.facts().max_positions.min(24);
-    let tokens = prompt(ctx.facts(), length, 20);
-    let logits = logits_of(engine.as_mut(), &tokens)?;
-    check_finite(ctx, "prompt", &logits.data);
-    Ok(())
+/// Checks that no row of logits is constant and that neighbouring rows differ.
+fn check_says_something(ctx: &mut Context<'_>, data: &[f32]) {
+    let rows: Vec<&[f32]> = data.chunks_exact(ctx.facts().vocab_size.max(1)).collect();
+    let constant = rows.iter().position(|row| row.iter().all(|x| *x == row[0]));
+    ctx.check(constant.is_none(), "logits of a position differ from each other", format!("not at {constant:?}"));
+    let same = rows.windows(2).position(|pair| pair[0] == pair[1]);
+    ctx.check(same.is_none(), "every position has logits of its own", format!("{same:?} has those of the next"));
 }
 
-fn finite_to_the_last_position(ctx: &mut Context<'_>) -> CheckResult {
+fn to_the_last_position(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     let positions = ctx.facts().max_positions;
-    let tokens = prompt(ctx.facts(), positions, 21);
+    let short = positions <= SHORT_CONTEXT;
+    let tokens = prompt(ctx.facts(), if short { positions } else { positions.min(24) }, 21);
     let whole = logits_of(engine.as_mut(), &tokens)?;
-    check_finite(ctx, "whole context in one call", &whole.data);
-    let mut cache = KVCache::new(positions);
+    check_finite(ctx, "prompt in one call", &whole.data);
+    check_says_something(ctx, &whole.data);
+    let mut cache = KVCache::new(tokens.len());
     for (position, &token) in tokens.iter().enumerate() {
         let step = forward(engine.as_mut(), &[vec![token]], Some(&mut cache))?;
         check_finite(ctx, &format!("decode step {position}"), &step.data);
     }
+    if short {
+        let truth = Subject::open(ctx, ctx.model().name(), ctx.model().dir())?.truth(&tokens)?;
+        check_truth(ctx, "logits of the whole context", &whole.data, &truth);
+    }
     Ok(())
 }
 
-fn extreme_prompts(ctx: &mut Context<'_>) -> CheckResult {
+fn every_token(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let last = ctx.facts().vocab_size as u32 - 1;
-    let length = ctx.facts().max_positions.min(16);
-    let prompts: [Vec<u32>; 4] = [
+    let facts = ctx.facts();
+    let last = facts.vocab_size as u32 - 1;
+    let length = facts.max_positions.min(16);
+    let mut prompts: Vec<Vec<u32>> = vec![
         vec![0; length],
         vec![last; length],
         (0..length).map(|i| if i % 2 == 0 { 0 } else { last }).collect(),
         vec![last / 2; length],
     ];
+    let small = facts.vocab_size <= SMALL_VOCABULARY && facts.max_positions <= SHORT_CONTEXT;
+    if small {
+        // All of the vocabulary, from its end, so that the last token is a first one; ends of text by themselves.
+        let (ends, others): (Vec<u32>, Vec<u32>) = (0..=last).rev().partition(|token| facts.eos.contains(token));
+        prompts.extend(others.chunks(length).map(<[u32]>::to_vec));
+        prompts.extend(ends.into_iter().map(|end| vec![end]));
+    }
+    let subject = if small { Some(Subject::open(ctx, ctx.model().name(), ctx.model().dir())?) } else { None };
     for tokens in prompts {
         let logits = logits_of(engine.as_mut(), &tokens)?;
-        check_finite(ctx, &format!("prompt of {} and {}", tokens[0], tokens[1]), &logits.data);
-    }
-    Ok(())
-}
-
-fn rows_say_something(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let (a, b) = (prompt(ctx.facts(), 4, 22), prompt(ctx.facts(), 4, 23));
-    let first = logits_of(engine.as_mut(), &a)?;
-    for position in 0..4 {
-        let row = first.row(0, position);
-        let (low, high) = row.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &x| (l.min(x), h.max(x)));
-        ctx.check(
-            high > low,
-            format!("logits of position {position} differ from each other"),
-            format!("all are {low}"),
-        );
-    }
-    let second = logits_of(engine.as_mut(), &b)?;
-    ctx.check(first.last(0) != second.last(0), "two prompts give two rows of logits", "the rows are equal");
-    Ok(())
-}
-
-fn poisoned_memory(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let tokens = prompt(ctx.facts(), 9, 24);
-    let expected = logits_of(engine.as_mut(), &tokens)?;
-    // Blocks of NaN of many sizes, freed again: whoever reads memory that it did not write reads NaN.
-    for round in 0..3 {
-        let blocks: Vec<Vec<f32>> = (6..18).map(|size| vec![f32::NAN; (1 << size) + round]).collect();
-        drop(std::hint::black_box(blocks));
-        let mut again = ctx.engine()?;
-        let seen = logits_of(again.as_mut(), &tokens)?;
-        ctx.check_bits("logits of a fresh engine on used memory", &seen.data, &expected.data);
-        let seen = logits_of(engine.as_mut(), &tokens)?;
-        ctx.check_bits("logits of the first engine on used memory", &seen.data, &expected.data);
+        let what = format!("{} tokens from {} to {}", tokens.len(), tokens[0], tokens[tokens.len() - 1]);
+        check_finite(ctx, &what, &logits.data);
+        if let Some(subject) = &subject {
+            check_truth(ctx, format!("logits of {what}"), &logits.data, &subject.truth(&tokens)?);
+        }
     }
     Ok(())
 }

@@ -6,14 +6,14 @@
 
 use super::stats::surprise;
 use super::support::{TABLE_MODEL, generate, logits_of, mix, plain, prompt};
-use super::table::{Table, penalised, ranked};
+use super::table::{Table, ranked};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::tolerance;
 use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
 
 const SAMPLING: Category = Category::Sampling;
 
-const fn check(
+pub(super) const fn check(
     id: &'static str,
     name: &'static str,
     clause: &'static str,
@@ -38,24 +38,6 @@ pub(super) const CHECKS: &[Check] = &[
         "temperature, then top-k, then top-p of what top-k left",
         order_of_filters,
     ),
-    check(
-        "SMP-6",
-        "sampling/repetition_penalty",
-        "the repetition penalty divides positive and multiplies negative logits",
-        repetition_penalty,
-    ),
-    check(
-        "SMP-7",
-        "sampling/penalty_scope",
-        "penalties count prompt and generated tokens, at every step",
-        penalty_scope,
-    ),
-    check(
-        "SMP-8",
-        "sampling/frequency_and_presence",
-        "frequency_penalty counts occurrences, presence_penalty does not",
-        frequency_and_presence,
-    ),
     check("SMP-9", "sampling/defaults_sample", "the default configuration samples", defaults_sample),
     check(
         "SMP-10",
@@ -73,7 +55,7 @@ pub(super) const CHECKS: &[Check] = &[
 ];
 
 /// Draws of one table: enough that a token of 6 % which never comes has a probability below the budget.
-const DRAWS: usize = 400;
+pub(super) const DRAWS: usize = 400;
 
 /// Draws after which a token of probability `p` has come, but for a probability within the budget.
 fn draws_to_see(p: f64) -> usize {
@@ -81,7 +63,7 @@ fn draws_to_see(p: f64) -> usize {
 }
 
 /// Draws one token `draws` times with different seeds.
-fn draw(
+pub(super) fn draw(
     ctx: &Context<'_>,
     engine: &mut dyn BitNetInference,
     tokens: &[u32],
@@ -108,7 +90,7 @@ fn draw(
 
 /// Holds draws against a table: nothing outside it, everything likely in it, and the right frequencies of every token
 /// and of every set of most likely tokens.
-fn hold(ctx: &mut Context<'_>, what: &str, drawn: &[u32], table: &Table) {
+pub(super) fn hold(ctx: &mut Context<'_>, what: &str, drawn: &[u32], table: &Table) {
     let n = drawn.len();
     let outside = drawn.iter().copied().find(|&t| table.probability(t) == 0.0);
     ctx.compared(n);
@@ -131,7 +113,7 @@ fn hold(ctx: &mut Context<'_>, what: &str, drawn: &[u32], table: &Table) {
 }
 
 /// Asserts that `hits` of `n` draws are believable where each has probability `p`.
-fn rate(ctx: &mut Context<'_>, what: &str, n: usize, hits: usize, p: f64) {
+pub(super) fn rate(ctx: &mut Context<'_>, what: &str, n: usize, hits: usize, p: f64) {
     let limit = (2.0 / tolerance::FALSE_ALARM).ln();
     let surprise = surprise(n, hits, p.min(1.0 - 1e-12));
     ctx.check_chance(
@@ -146,7 +128,7 @@ fn brief(tokens: &[u32]) -> String {
 }
 
 /// A temperature at which the most likely token has about the given probability.
-fn warm(logits: &[f32], history: &[u32], config: &GenerationConfig, share: f64) -> f32 {
+pub(super) fn warm(logits: &[f32], history: &[u32], config: &GenerationConfig, share: f64) -> f32 {
     let (mut low, mut high) = (0.05f32, 200.0f32);
     for _ in 0..40 {
         let middle = (low * high).sqrt();
@@ -159,10 +141,10 @@ fn warm(logits: &[f32], history: &[u32], config: &GenerationConfig, share: f64) 
 }
 
 /// An engine, a prompt, and the logits that follow it.
-type Start = (Box<dyn BitNetInference>, Vec<u32>, Vec<f32>);
+pub(super) type Start = (Box<dyn BitNetInference>, Vec<u32>, Vec<f32>);
 
 /// Makes an engine and a prompt of `len` tokens, and evaluates it.
-fn start(ctx: &Context<'_>, len: usize, salt: u64) -> Result<Start, Stop> {
+pub(super) fn start(ctx: &Context<'_>, len: usize, salt: u64) -> Result<Start, Stop> {
     let mut engine = ctx.engine()?;
     let tokens = prompt(ctx.facts(), len, salt);
     let logits = logits_of(engine.as_mut(), &tokens)?.last(0).to_vec();
@@ -180,7 +162,8 @@ fn plain_frequencies(ctx: &mut Context<'_>) -> CheckResult {
         let (mut engine, tokens, logits) = start(ctx, 3, salt)?;
         let base = GenerationConfig { top_p, top_k, ..plain(0) };
         let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.2), ..base };
-        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+        // Enough to see a tail of 5 % that never comes.
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 2 * DRAWS)?;
         let what = format!("top_p {top_p:?}, top_k {top_k:?}");
         hold(ctx, &what, &drawn, &Table::new(&logits, &tokens, &config));
     }
@@ -188,8 +171,16 @@ fn plain_frequencies(ctx: &mut Context<'_>) -> CheckResult {
 }
 
 fn temperature(ctx: &mut Context<'_>) -> CheckResult {
-    let (mut engine, tokens, logits) = start(ctx, 3, 310)?;
-    for temperature in [0.5, 1.0, 2.0, 4.0] {
+    let (mut engine, mut tokens, mut logits) = start(ctx, 3, 310)?;
+    // Low temperatures show something where the first tokens are close to each other.
+    for salt in 311..330 {
+        let other = prompt(ctx.facts(), 3, salt);
+        let row = logits_of(engine.as_mut(), &other)?.last(0).to_vec();
+        if super::stats::top_two(&row).1 < super::stats::top_two(&logits).1 {
+            (tokens, logits) = (other, row);
+        }
+    }
+    for temperature in [0.2, 0.5, 1.0, 2.0, 4.0] {
         let config = GenerationConfig { temperature, ..plain(0) };
         let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
         hold(ctx, &format!("temperature {temperature}"), &drawn, &Table::new(&logits, &tokens, &config));
@@ -207,6 +198,20 @@ fn top_k(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_eq("tokens in the table", table.allowed.len(), k);
         let drawn = draw(ctx, engine.as_mut(), &tokens, &config, if k == 1 { 20 } else { DRAWS })?;
         hold(ctx, &format!("top_k {k}"), &drawn, &table);
+    }
+    // Of equal logits too only k are kept; which of them is open.
+    for salt in 0..10 {
+        let Some((mut tied, tokens, equal)) = tied(ctx, engine.as_mut(), salt)? else { continue };
+        for k in [1, 2] {
+            let config = GenerationConfig { top_k: Some(k), ..plain(0) };
+            let drawn = draw(ctx, tied.as_mut(), &tokens, &config, 60)?;
+            let outside = drawn.iter().find(|&&t| !equal.contains(&t));
+            ctx.check(outside.is_none(), format!("top_k {k} of equal maxima: {equal:?}"), format!("{outside:?}"));
+            // One of two equal tokens that never comes in 60 draws has a probability of 2^-59.
+            let distinct = drawn.iter().collect::<std::collections::BTreeSet<_>>().len();
+            ctx.check_chance(distinct == k, format!("top_k {k} of equal maxima keeps {k}"), distinct);
+        }
+        break;
     }
     Ok(())
 }
@@ -269,134 +274,12 @@ fn order_of_filters(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
-fn repetition_penalty(ctx: &mut Context<'_>) -> CheckResult {
-    for (penalty, salt) in [(3.0f32, 350), (0.4, 351)] {
-        let (mut engine, tokens, logits) = start(ctx, 24, salt)?;
-        let base = GenerationConfig { repetition_penalty: penalty, ..plain(0) };
-        let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.12), ..base };
-        let table = Table::new(&logits, &tokens, &config);
-        // What a sampler draws from that divides negative logits too, and one that knows no penalty.
-        let divided: Vec<f32> = logits
-            .iter()
-            .enumerate()
-            .map(|(t, &l)| if tokens.contains(&(t as u32)) { l / penalty } else { l })
-            .collect();
-        let neutral = GenerationConfig { repetition_penalty: 1.0, ..config.clone() };
-        let wrong_sign = table.distance(&Table::new(&divided, &tokens, &neutral));
-        let none = table.distance(&Table::new(&logits, &tokens, &neutral));
-        ctx.note(format!(
-            "penalty {penalty}: {wrong_sign:.3} of the mass moves with the wrong sign, {none:.3} with none"
-        ));
-        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 2 * DRAWS)?;
-        let what = format!("repetition_penalty {penalty}");
-        hold(ctx, &what, &drawn, &table);
-        for (name, positive) in [("negative", false), ("positive", true)] {
-            let group: Vec<u32> = (0..logits.len() as u32)
-                .filter(|t| tokens.contains(t) && (logits[*t as usize] > 0.0) == positive)
-                .collect();
-            let p = group.iter().map(|&t| table.probability(t)).sum::<f64>();
-            let hits = drawn.iter().filter(|t| group.contains(t)).count();
-            rate(ctx, &format!("{what}: draws of prompt tokens with {name} logits"), drawn.len(), hits, p);
-        }
-    }
-    Ok(())
-}
-
 /// How far apart two penalised logits must be for a sampler's f32 arithmetic, and for noise of the backend that its own
 /// decoding may add, not to swap them.
-fn choice_margin(ctx: &Context<'_>, row: &[f32], penalised: f64) -> f64 {
+pub(super) fn choice_margin(ctx: &Context<'_>, row: &[f32], penalised: f64) -> f64 {
     let noise = if super::support::exact(ctx) { 0.0 } else { super::support::own_margin(ctx, row) };
     // A penalty divides or multiplies, then subtracts twice: a rounding each, on either of the two.
     noise + 6.0 * f64::from(f32::EPSILON) * super::support::reach(row).max(penalised.abs())
-}
-
-/// Checks a generation with one allowed token a step: each is the argmax of its own penalised logits.
-fn follow(
-    ctx: &mut Context<'_>,
-    engine: &mut dyn BitNetInference,
-    what: &str,
-    tokens: &[u32],
-    config: &GenerationConfig,
-) -> Result<Vec<u32>, Stop> {
-    let result = generate(engine, tokens, 12, config)?;
-    let mut sequence = tokens.to_vec();
-    for (step, &token) in result.generated_tokens.iter().enumerate() {
-        let logits = logits_of(engine, &sequence)?;
-        let values = penalised(logits.last(0), &sequence, config);
-        let order = ranked(&values);
-        let margin = values[order[0] as usize] - values[order[1] as usize];
-        if margin < choice_margin(ctx, logits.last(0), values[order[0] as usize]) {
-            break;
-        }
-        if !ctx.check_eq(format!("{what}: token of step {step}"), token, order[0]) {
-            break;
-        }
-        sequence.push(token);
-    }
-    Ok(result.generated_tokens)
-}
-
-fn penalty_scope(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    // A prompt whose most likely next token is in it already, so that counting the prompt or not makes a difference.
-    let mut chosen = None;
-    for salt in 0..60 {
-        let tokens = prompt(ctx.facts(), 20, 360 + salt);
-        let (top, _) = super::stats::top_two(logits_of(engine.as_mut(), &tokens)?.last(0));
-        if tokens.contains(&(top as u32)) {
-            chosen = Some(tokens);
-            break;
-        }
-    }
-    let tokens = chosen.ok_or_else(|| Stop::Inconclusive("no prompt holds its own continuation".to_string()))?;
-    let only = GenerationConfig { top_k: Some(1), ..plain(1) };
-    let cases = [
-        ("repetition_penalty 5", GenerationConfig { repetition_penalty: 5.0, ..only.clone() }),
-        ("repetition_penalty 0.5", GenerationConfig { repetition_penalty: 0.5, ..only.clone() }),
-        ("presence_penalty 4", GenerationConfig { presence_penalty: 4.0, ..only.clone() }),
-        ("frequency_penalty 1.5", GenerationConfig { frequency_penalty: 1.5, ..only.clone() }),
-        ("frequency_penalty -1", GenerationConfig { frequency_penalty: -1.0, ..only.clone() }),
-        (
-            "all three",
-            GenerationConfig { repetition_penalty: 1.7, frequency_penalty: 0.7, presence_penalty: 0.9, ..only.clone() },
-        ),
-    ];
-    for (what, config) in cases {
-        follow(ctx, engine.as_mut(), what, &tokens, &config)?;
-    }
-    let config = GenerationConfig { presence_penalty: 1e6, ..only };
-    let made = follow(ctx, engine.as_mut(), "presence_penalty 1e6", &tokens, &config)?;
-    let mut all = tokens;
-    for token in made {
-        ctx.check(!all.contains(&token), "a token that was not there before", format!("token {token} again"));
-        all.push(token);
-    }
-    Ok(())
-}
-
-fn frequency_and_presence(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let words = prompt(ctx.facts(), 6, 370);
-    // The first word four times, the second twice, the others once.
-    let tokens = [words.as_slice(), &[words[0]; 3], &[words[1]], &words[5..]].concat();
-    let logits = logits_of(engine.as_mut(), &tokens)?.last(0).to_vec();
-    let cases = [
-        ("frequency_penalty 2", GenerationConfig { frequency_penalty: 2.0, ..plain(0) }),
-        ("presence_penalty 3", GenerationConfig { presence_penalty: 3.0, ..plain(0) }),
-        ("frequency_penalty -1.5", GenerationConfig { frequency_penalty: -1.5, ..plain(0) }),
-        ("presence_penalty -4", GenerationConfig { presence_penalty: -4.0, ..plain(0) }),
-    ];
-    for (what, base) in cases {
-        let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.15), ..base };
-        let table = Table::new(&logits, &tokens, &config);
-        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
-        hold(ctx, what, &drawn, &table);
-        let p =
-            words.iter().collect::<std::collections::BTreeSet<_>>().into_iter().map(|&t| table.probability(t)).sum();
-        let hits = drawn.iter().filter(|t| words.contains(t)).count();
-        rate(ctx, &format!("{what}: draws of prompt tokens"), drawn.len(), hits, p);
-    }
-    Ok(())
 }
 
 fn defaults_sample(ctx: &mut Context<'_>) -> CheckResult {
@@ -417,6 +300,13 @@ fn defaults_sample(ctx: &mut Context<'_>) -> CheckResult {
         let outside = result.generated_tokens.iter().find(|&&t| table.probability(t) == 0.0);
         ctx.check(outside.is_none(), format!("without a seed, one of {:?}", table.tokens()), format!("{outside:?}"));
     }
+    // Each takes a seed of its own: four texts of 20 fair choices are all equal with a probability of 2^-60.
+    let config = GenerationConfig { top_k: Some(2), temperature: 1000.0, seed: None, ..plain(0) };
+    let mut texts = std::collections::BTreeSet::new();
+    for _ in 0..4 {
+        texts.insert(generate(engine.as_mut(), &tokens, 20, &config)?.generated_tokens);
+    }
+    ctx.check_chance(texts.len() > 1, "generations without a seed differ", "all are equal");
     Ok(())
 }
 
@@ -424,7 +314,7 @@ fn every_step(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     // Two allowed tokens at every step, close to a fair coin: the choices must be right and must vary along the text.
     let config = |seed| GenerationConfig { top_k: Some(2), temperature: 1000.0, ..plain(seed) };
-    let (mut first, mut total) = (0, 0);
+    let (mut first, mut total, mut alike, mut pairs) = (0, 0, 0, 0);
     for seed in 0..8 {
         let tokens = prompt(ctx.facts(), 4, 390 + seed);
         let result = generate(engine.as_mut(), &tokens, 40, &config(seed))?;
@@ -457,11 +347,14 @@ fn every_step(ctx: &mut Context<'_>) -> CheckResult {
                 );
             }
         }
+        alike += by_rank.windows(2).filter(|pair| pair[0] == pair[1]).count();
+        pairs += by_rank.len().saturating_sub(1);
         first += by_rank.iter().filter(|&&c| c).count();
         total += by_rank.len();
     }
     ctx.check_at_least("steps drawn", total as f64, 100.0);
     rate(ctx, "the likelier of two equally likely tokens", total, first, 0.5);
+    rate(ctx, "the same choice as one step before", pairs, alike, 0.5);
     Ok(())
 }
 
@@ -480,41 +373,50 @@ fn extreme_temperature(ctx: &mut Context<'_>) -> CheckResult {
     Ok(())
 }
 
+/// An engine with three equal maxima after a prompt, and their ids in order. `None` where a salt gives none.
+type Tied = Option<(Box<dyn BitNetInference>, Vec<u32>, [u32; 3])>;
+
+/// Gives the head's row of the most likely token to a lower and to a higher id as well.
+fn tied(ctx: &Context<'_>, engine: &mut dyn BitNetInference, salt: u64) -> Result<Tied, Stop> {
+    let hidden = ctx.facts().hidden_size;
+    let tokens = prompt(ctx.facts(), 3, 410 + salt);
+    let (top, _) = super::stats::top_two(logits_of(engine, &tokens)?.last(0));
+    let free = |t: &usize| !tokens.contains(&(*t as u32)) && !ctx.facts().eos.contains(&(*t as u32)) && *t != top;
+    let (Some(low), Some(high)) = ((0..top).find(free), (top + 1..ctx.facts().vocab_size).rfind(free)) else {
+        return Ok(None);
+    };
+    if ctx.facts().eos.contains(&(top as u32)) {
+        return Ok(None);
+    }
+    let mut model = super::edit::Model::read(ctx.model().dir())?;
+    let name = model.head_name();
+    let mut values = model.tensor(name)?.floats()?;
+    for id in [low, high] {
+        values.copy_within(top * hidden..(top + 1) * hidden, id * hidden);
+    }
+    model.tensor(name)?.set_floats(&values)?;
+    let dir = ctx.scratch().join(format!("ties-{salt}"));
+    model.write(&dir)?;
+    let mut tied = ctx.factory().create(&ctx.model().relocated(&dir))?;
+    let logits = logits_of(tied.as_mut(), &tokens)?.last(0).to_vec();
+    let equal = logits[low] == logits[top] && logits[high] == logits[top];
+    let maximal = super::stats::top_two(&logits).0 == low;
+    Ok((equal && maximal).then(|| (tied, tokens, [low, top, high].map(|t| t as u32))))
+}
+
 fn ties(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let hidden = ctx.facts().hidden_size;
     let mut decided = 0;
-    for salt in 0..10u64 {
-        let tokens = prompt(ctx.facts(), 3, 410 + salt);
-        let (top, _) = super::stats::top_two(logits_of(engine.as_mut(), &tokens)?.last(0));
-        let free = |t: &usize| !tokens.contains(&(*t as u32)) && !ctx.facts().eos.contains(&(*t as u32)) && *t != top;
-        let (Some(low), Some(high)) = ((0..top).find(free), (top + 1..ctx.facts().vocab_size).rfind(free)) else {
-            continue;
-        };
-        if ctx.facts().eos.contains(&(top as u32)) {
-            continue;
-        }
-        // The head's row of the winner, given to a lower and to a higher id as well: three equal maxima.
-        let mut model = super::edit::Model::read(ctx.model().dir())?;
-        let name = model.head_name();
-        let mut values = model.tensor(name)?.floats()?;
-        for id in [low, high] {
-            values.copy_within(top * hidden..(top + 1) * hidden, id * hidden);
-        }
-        model.tensor(name)?.set_floats(&values)?;
-        let dir = ctx.scratch().join(format!("ties-{salt}"));
-        model.write(&dir)?;
-        let mut tied = ctx.factory().create(&ctx.model().relocated(&dir))?;
-        let logits = logits_of(tied.as_mut(), &tokens)?.last(0).to_vec();
-        let equal = logits[low] == logits[top] && logits[high] == logits[top];
-        if !equal || super::stats::top_two(&logits).0 != low {
-            continue;
-        }
+    for salt in 0..10 {
+        let Some((mut tied, tokens, equal)) = tied(ctx, engine.as_mut(), salt)? else { continue };
         decided += 1;
         for config in [super::support::greedy(), GenerationConfig { temperature: 0.0, ..plain(3) }] {
             let result = generate(tied.as_mut(), &tokens, 1, &config)?;
-            let what = format!("greedy token with equal maxima at {low}, {top} and {high}");
-            ctx.check_slices(what, &result.generated_tokens, &[low as u32]);
+            ctx.check_slices(
+                format!("greedy token with equal maxima at {equal:?}"),
+                &result.generated_tokens,
+                &equal[..1],
+            );
         }
         if decided == 3 {
             break;

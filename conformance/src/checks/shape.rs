@@ -2,30 +2,30 @@
 
 use super::edit::Model;
 use super::support::{Logits, forward, ids, other_token, prompt, reach, same_logits};
-use crate::backend::{Capability, CreateOptions, Noise};
+use super::truth::Subject;
+use crate::backend::{Capability, CreateOptions, Noise, Semantics};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
 use crate::tolerance;
-use bitnet_contracts::{DType, Device, KVCache, QuantizationType, Tensor};
+use bitnet_contracts::{BitNetInference, DType, Device, KVCache, QuantizationType, Tensor};
 
 const SHAPE: Category = Category::Shape;
 
 pub(super) const CHECKS: &[Check] = &[
-    Check::new("SHP-1", "shape/logits", SHAPE, "logits are [batch, seq, vocab] for every input position", logits)
-        .on(ModelSet::Every),
     Check::new(
-        "SHP-2",
-        "shape/output_validates",
+        "SHP-1",
+        "shape/logits",
         SHAPE,
-        "the output passes its own validation, and only at its size",
-        output_validates,
-    ),
+        "logits are [batch, seq, vocab] on the engine's device, pass their own validation, and only at their size",
+        logits,
+    )
+    .on(ModelSet::Every),
     Check::new("SHP-3", "shape/id_types", SHAPE, "u32 and i64 ids, contiguous or not, mean the same", id_types),
     Check::new(
         "SHP-4",
         "shape/attention_weights",
         SHAPE,
-        "attention weights are [batch, heads, seq, total] a layer, sum to 1 and are causal",
+        "attention weights are [batch, heads, seq, total] a layer, sum to 1, are causal, and are the oracle's",
         attention_weights,
     )
     .needs(Capability::AttentionWeights),
@@ -47,7 +47,6 @@ pub(super) const CHECKS: &[Check] = &[
     ),
     Check::new("SHP-7", "shape/config", SHAPE, "config() says what config.json says and is valid", config)
         .on(ModelSet::Every),
-    Check::new("SHP-8", "shape/device", SHAPE, "device() is where the logits are", device),
     Check::new("SHP-9", "shape/quantization", SHAPE, "supports_quantization answers as declared", quantization),
 ];
 
@@ -60,34 +59,29 @@ fn logits(ctx: &mut Context<'_>) -> CheckResult {
             let rows: Vec<Vec<u32>> = (0..batch).map(|b| prompt(&facts, seq, b as u64)).collect();
             let input = ids(&rows, engine.device())?;
             let output = engine.forward(&input, None)?;
-            ctx.check_eq("logits shape", output.logits.dims(), [batch, seq, facts.vocab_size]);
+            let vocab = facts.vocab_size;
+            ctx.check_eq("logits shape", output.logits.dims(), [batch, seq, vocab]);
             let dtype = output.logits.dtype();
             ctx.check(
                 matches!(dtype, DType::F32 | DType::F16 | DType::BF16 | DType::F64),
                 "logits of a float type",
                 format!("{dtype:?}"),
             );
+            let (device, seen) = (engine.device(), output.logits.device());
+            ctx.check(device.same_device(seen), format!("logits on {device:?}"), format!("logits on {seen:?}"));
+            ctx.check_ok(format!("validate({batch}, {seq}, {vocab})"), output.validate(batch, seq, vocab));
+            for (batch, seq, vocab) in [(batch + 1, seq, vocab), (batch, seq + 1, vocab), (batch, seq, vocab + 1)] {
+                let refused = output.validate(batch, seq, vocab).is_err();
+                ctx.check(refused, format!("validate({batch}, {seq}, {vocab}) refuses"), "it accepted");
+            }
+            let all = Logits::of(&output)?;
+            let next = output.next_token_logits()?;
+            ctx.check_eq("next_token_logits shape", next.dims(), [batch, vocab]);
+            let next = next.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let last: Vec<f32> = (0..batch).flat_map(|b| all.last(b).to_vec()).collect();
+            ctx.check_bits("next_token_logits is the last row", &next, &last);
         }
     }
-    Ok(())
-}
-
-fn output_validates(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let vocab = ctx.facts().vocab_size;
-    let tokens = prompt(ctx.facts(), 5, 1);
-    let input = ids(&[tokens], engine.device())?;
-    let output = engine.forward(&input, None)?;
-    ctx.check_ok("validate(1, 5, vocab)", output.validate(1, 5, vocab));
-    for (batch, seq, vocab) in [(2, 5, vocab), (1, 4, vocab), (1, 5, vocab + 1)] {
-        let refused = output.validate(batch, seq, vocab).is_err();
-        ctx.check(refused, format!("validate({batch}, {seq}, {vocab}) refuses"), "it accepted");
-    }
-    let all = Logits::of(&output)?;
-    let next = output.next_token_logits()?;
-    ctx.check_eq("next_token_logits shape", next.dims(), [1, vocab]);
-    let next = next.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-    ctx.check_bits("next_token_logits is the last row", &next, all.last(0));
     Ok(())
 }
 
@@ -105,6 +99,23 @@ fn id_types(ctx: &mut Context<'_>) -> CheckResult {
     let strided = Tensor::from_vec(strided, (tokens.len(), 2), &device)?.narrow(1, 0, 1)?.t()?;
     let seen = Logits::of(&engine.forward(&strided, None)?)?;
     ctx.check_bits("logits of non-contiguous ids", &seen.data, &expected.data);
+    // A part of a longer tensor: contiguous, and not at its beginning.
+    let longer = [&prompt(ctx.facts(), 3, 5), &tokens[..], &[0]].concat();
+    let part = Tensor::from_vec(longer, (1, tokens.len() + 4), &device)?.narrow(1, 3, tokens.len())?;
+    let seen = Logits::of(&engine.forward(&part, None)?)?;
+    ctx.check_bits("logits of ids inside a longer tensor", &seen.data, &expected.data);
+    if ctx.capabilities().batch {
+        // Two sequences that lie in memory position by position.
+        let other = prompt(ctx.facts(), tokens.len(), 6);
+        let rows = ids(&[tokens.clone(), other.clone()], &device)?;
+        let expected = Logits::of(&engine.forward(&rows, None)?)?;
+        let turned: Vec<u32> = tokens.iter().zip(&other).flat_map(|(&a, &b)| [a, b]).collect();
+        let turned = Tensor::from_vec(turned, (tokens.len(), 2), &device)?.t()?;
+        for (what, turned) in [("u32", turned.clone()), ("i64", turned.to_dtype(DType::I64)?)] {
+            let seen = Logits::of(&engine.forward(&turned, None)?)?;
+            ctx.check_bits(format!("logits of a transposed batch of {what} ids"), &seen.data, &expected.data);
+        }
+    }
     Ok(())
 }
 
@@ -116,8 +127,17 @@ fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
     let mut plain = ctx.engine()?;
     let mut plain_cache = KVCache::new(12);
     let mut past = 0;
+    let sequences: Vec<Vec<u32>> = (0..batch).map(|b| prompt(&facts, 9, 50 + b as u64)).collect();
+    // The oracle's, sequence by sequence and layer by layer. A model of the caller's own may be too large for it.
+    let truth = match ctx.model().weights_sha256 {
+        Some(_) => {
+            let subject = Subject::open(ctx, ctx.model().name(), ctx.model().dir())?;
+            sequences.iter().map(|tokens| subject.attention(tokens)).collect::<Result<_, _>>()?
+        }
+        None => Vec::new(),
+    };
     for seq in [5, 3, 1] {
-        let rows: Vec<Vec<u32>> = (0..batch).map(|b| prompt(&facts, seq, (10 * seq + b) as u64)).collect();
+        let rows: Vec<Vec<u32>> = sequences.iter().map(|tokens| tokens[past..past + seq].to_vec()).collect();
         let input = ids(&rows, engine.device())?;
         let output = engine.forward(&input, Some(&mut cache))?;
         let total = past + seq;
@@ -133,6 +153,11 @@ fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
             }
             let values = weights.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
             check_attention(ctx, &format!("layer {layer}, {past} cached"), &values, seq, total);
+            let expected = expected_attention(&truth, layer, facts.heads, past, total);
+            if !truth.is_empty() {
+                let what = format!("attention weights of layer {layer}, {past} cached");
+                ctx.check_close_within(what, &values, &expected, 1.0, attention_tolerance(ctx));
+            }
         }
         let logits = Logits::of(&output)?;
         let without = forward(plain.as_mut(), &rows, Some(&mut plain_cache))?;
@@ -140,6 +165,32 @@ fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
         past = total;
     }
     Ok(())
+}
+
+/// `[batch × head × position × total]` of the positions from `past` on, from what the oracle gave for whole sequences.
+fn expected_attention(truth: &[Vec<Vec<f64>>], layer: usize, heads: usize, past: usize, total: usize) -> Vec<f32> {
+    let mut values = Vec::new();
+    for layers in truth {
+        // The positions before p hold heads × (1 + 2 + … + p) weights.
+        let start = |position: usize| heads * position * (position + 1) / 2;
+        for head in 0..heads {
+            for position in past..total {
+                let seen = position + 1;
+                let weights = &layers[layer][start(position) + head * seen..][..seen];
+                values.extend(weights.iter().map(|&w| w as f32));
+                values.extend(std::iter::repeat_n(0.0, total - seen));
+            }
+        }
+    }
+    values
+}
+
+fn attention_tolerance(ctx: &Context<'_>) -> &'static tolerance::Tolerance {
+    match (ctx.capabilities().semantics, ctx.capabilities().noise) {
+        (Semantics::Fp32, Noise::F32) => &tolerance::ATTENTION_FP32,
+        (_, Noise::F32) => &tolerance::ATTENTION,
+        (_, Noise::Coarse) => &tolerance::ATTENTION_COARSE,
+    }
 }
 
 /// Every row of weights is non-negative, sums to 1, and is zero after its own position.
@@ -163,21 +214,41 @@ fn hidden_states(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine_with(&CreateOptions::default().with_hidden_states())?;
     let facts = ctx.facts().clone();
     let head = Model::read(ctx.model().dir())?.head()?;
-    let tokens = prompt(&facts, 6, 3);
-    let input = ids(&[tokens], engine.device())?;
-    let output = engine.forward(&input, None)?;
+    let rows: Vec<Vec<u32>> =
+        (0..if ctx.capabilities().batch { 2 } else { 1 }).map(|b| prompt(&facts, 6, 3 + b)).collect();
+    // Without a cache, then in two pieces with one.
+    let mut cache = KVCache::new(6);
+    check_states(ctx, engine.as_mut(), &head, &rows, None)?;
+    for piece in [0..4, 4..6] {
+        let rows: Vec<Vec<u32>> = rows.iter().map(|row| row[piece.clone()].to_vec()).collect();
+        check_states(ctx, engine.as_mut(), &head, &rows, Some(&mut cache))?;
+    }
+    Ok(())
+}
+
+/// One call, and the head's product with its hidden states against its logits.
+fn check_states(
+    ctx: &mut Context<'_>,
+    engine: &mut dyn BitNetInference,
+    head: &[f32],
+    rows: &[Vec<u32>],
+    cache: Option<&mut KVCache>,
+) -> CheckResult {
+    let hidden = ctx.facts().hidden_size;
+    let input = ids(rows, engine.device())?;
+    let output = engine.forward(&input, cache)?;
     let Some(states) = &output.hidden_states else {
         ctx.check(false, "hidden states when asked for", "None");
         return Ok(());
     };
-    let shape = [1, 6, facts.hidden_size];
+    let shape = [rows.len(), rows[0].len(), hidden];
     ctx.check_eq("shape of hidden states", states.dims(), shape);
     ctx.require(states.dims() == shape, format!("hidden states {shape:?}"), format!("{:?}", states.dims()))?;
     let states = states.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
     let product: Vec<f32> = states
-        .chunks_exact(facts.hidden_size)
+        .chunks_exact(hidden)
         .flat_map(|state| {
-            head.chunks_exact(facts.hidden_size)
+            head.chunks_exact(hidden)
                 .map(move |row| state.iter().zip(row).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32)
         })
         .collect();
@@ -215,16 +286,6 @@ fn config(ctx: &mut Context<'_>) -> CheckResult {
     ctx.check_eq("head_dim()", config.head_dim(), facts.head_dim);
     ctx.check_eq("group_size()", config.group_size(), facts.heads / facts.kv_heads.max(1));
     ctx.check_eq("model_type", config.model_type.as_str(), "bitnet");
-    Ok(())
-}
-
-fn device(ctx: &mut Context<'_>) -> CheckResult {
-    let mut engine = ctx.engine()?;
-    let device = engine.device().clone();
-    let input = ids(&[prompt(ctx.facts(), 2, 5)], &device)?;
-    let output = engine.forward(&input, None)?;
-    let seen = output.logits.device();
-    ctx.check(device.same_device(seen), format!("logits on {device:?}"), format!("logits on {seen:?}"));
     Ok(())
 }
 

@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn bounds_lie_around_the_middle_of_a_noisy_line() {
-        let noisy = series(|x| 1000.0 * x + if x as u32 % 2 == 0 { 3000.0 } else { -3000.0 });
+        let noisy = series(|x| 1000.0 * x + (x * x * 7.3) % 5.0 * 1000.0);
         assert!(noisy.low < noisy.middle && noisy.middle < noisy.high);
         assert!(noisy.low > 0.0 && noisy.high < 250.0, "{noisy:?}");
         assert!(slope(&[1.0], 1.0).middle.is_nan());

@@ -22,7 +22,7 @@ fn requirements() -> Vec<(&'static str, Vec<&'static str>)> {
 }
 
 #[test]
-fn every_requirement_lists_exactly_the_checks_that_test_it() {
+fn every_requirement_lists_the_checks_that_test_it() {
     let mut tested: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
     for check in all() {
         tested.entry(check.id).or_default().insert(check.name.to_string());
@@ -37,7 +37,14 @@ fn every_requirement_lists_exactly_the_checks_that_test_it() {
         let checks = cells[2].split(',').map(|c| c.trim().trim_matches('`').to_string()).collect();
         assert!(listed.insert(number, checks).is_none(), "{number} stands twice");
     }
-    assert_eq!(listed, tested);
+    // Each check stands under its own number, and may stand under others that it tests as well.
+    let names: BTreeSet<String> = all().iter().map(|check| check.name.to_string()).collect();
+    for (number, checks) in &listed {
+        assert!(checks.is_subset(&names), "{number}: a check that is not: {:?}", checks.difference(&names));
+    }
+    for (number, checks) in &tested {
+        assert!(listed.get(number).is_some_and(|l| checks.is_subset(l)), "{number} does not list {checks:?}");
+    }
 }
 
 #[test]

@@ -100,15 +100,14 @@ impl Rows {
         self.worst(|r| r.kl, |a, b| a > b)
     }
 
+    /// A figure of every row, in order.
+    pub(super) fn figures(&self, figure: fn(&RowStats) -> f64) -> impl Iterator<Item = f64> {
+        self.rows.iter().map(figure)
+    }
+
     /// The mean of a figure over the rows.
     pub(super) fn mean(&self, figure: fn(&RowStats) -> f64) -> f64 {
         self.rows.iter().map(figure).sum::<f64>() / self.rows.len() as f64
-    }
-
-    /// The largest difference in rows in which it is at most `limit`, and the share of those rows.
-    pub(super) fn share_within(&self, limit: f64) -> (f64, f64) {
-        let within: Vec<f64> = self.rows.iter().map(|r| r.max_abs).filter(|gap| *gap <= limit).collect();
-        (within.iter().copied().fold(0.0, f64::max), within.len() as f64 / self.rows.len() as f64)
     }
 }
 

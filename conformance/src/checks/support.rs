@@ -17,8 +17,6 @@ pub(super) const SMALL_CONTEXT: &str = "context-32";
 pub(super) const TABLE_MODEL: &str = "gqa1-tied-bf16";
 /// A small untied f32 model, whose file the checks can edit value by value.
 pub(super) const EDIT_MODEL: &str = "gqa2-untied-f32";
-/// The trained model: the only one with a tokenizer.
-pub(super) const TRAINED_MODEL: &str = "tiny";
 
 /// Logits on the host.
 pub(super) struct Logits {
@@ -192,16 +190,27 @@ pub(super) fn mix(value: u64) -> u64 {
 /// text are left out.
 pub(super) fn prompt(facts: &ModelFacts, len: usize, salt: u64) -> Vec<u32> {
     let special = |token: u32| facts.bos == Some(token) || facts.eos.contains(&token);
+    let alphabet: Vec<u32> =
+        (0..facts.vocab_size as u32).filter(|&t| !special(t)).take(facts.prompts.alphabet.unwrap_or(0)).collect();
     let mut tokens = Vec::with_capacity(len);
-    let mut state = mix(salt ^ 0xb17e);
+    let mut state = mix(salt.wrapping_add(facts.prompts.salt) ^ 0xb17e);
     while tokens.len() < len {
         state = mix(state);
+        if !alphabet.is_empty() {
+            tokens.push(alphabet[(state % alphabet.len() as u64) as usize]);
+            continue;
+        }
         let token = (state % facts.vocab_size.max(1) as u64) as u32;
         if !special(token) || facts.vocab_size < 8 {
             tokens.push(token);
         }
     }
     tokens
+}
+
+/// How long a prompt of `wanted` tokens is to be, in a check that can do with any number from 1 on.
+pub(super) fn length(facts: &ModelFacts, wanted: usize) -> usize {
+    facts.prompts.longest.map_or(wanted, |longest| wanted.min(longest.max(1)))
 }
 
 /// The same token as another one: one step on in the vocabulary, never special.

@@ -28,6 +28,9 @@ pub(super) struct ProveArgs {
     /// Take the proof from a file instead of running it.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["backend", "check"])]
     recorded: Option<PathBuf>,
+    /// List the checks and probes of the proof, one a line, and do nothing else.
+    #[arg(long)]
+    checks: bool,
     /// Worker processes. Default: one a processor.
     #[arg(long, value_name = "N")]
     jobs: Option<std::num::NonZeroUsize>,
@@ -55,6 +58,10 @@ pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Fa
             proof
         }
     };
+    if args.checks {
+        print(&proof.checks.iter().map(|check| format!("{check}\n")).collect::<String>());
+        return Ok(ExitCode::SUCCESS);
+    }
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_string_pretty(&proof)? + "\n")?;
     }

@@ -1,9 +1,12 @@
 //! The machine a run ran on, as far as it can matter to the results.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::process::Command;
 
 /// The machine of a run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Environment {
     /// The processor's name for itself.
@@ -18,8 +21,38 @@ pub struct Environment {
     pub os: String,
     /// Whether the suite was built with optimisation.
     pub optimised: bool,
+    /// The compiler that the suite was built with.
+    pub rustc: String,
+    /// The working tree that the run was started in, where it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub git: Option<GitState>,
     /// Environment variables that choose kernels or thread counts and were set.
     pub variables: std::collections::BTreeMap<String, String>,
+}
+
+/// The state of a git working tree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GitState {
+    /// The commit that is checked out.
+    pub commit: String,
+    /// Whether a tracked file differs from it.
+    pub dirty: bool,
+}
+
+impl GitState {
+    /// The state of the working tree that a folder is in; `None` where there is none, or no git.
+    pub fn of(folder: &Path) -> Option<Self> {
+        let mut git = Command::new("git");
+        // Without optional locks a run never gets in the way of a git command beside it.
+        git.env("GIT_OPTIONAL_LOCKS", "0").arg("-C").arg(folder);
+        let output = git.args(["status", "--porcelain=v2", "--branch", "--untracked-files=no"]).output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let commit = text.lines().find_map(|line| line.strip_prefix("# branch.oid "))?;
+        let is_commit = commit.chars().all(|c| c.is_ascii_hexdigit());
+        let dirty = text.lines().any(|line| !line.starts_with('#'));
+        (output.status.success() && is_commit).then(|| Self { commit: commit.to_string(), dirty })
+    }
 }
 
 impl Environment {
@@ -39,6 +72,8 @@ impl Environment {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             os: format!("{} {}", std::env::consts::OS, release.trim()).trim().to_string(),
             optimised: !cfg!(debug_assertions),
+            rustc: env!("CONFORMANCE_RUSTC").to_string(),
+            git: GitState::of(Path::new(".")),
             variables: names
                 .iter()
                 .filter_map(|name| std::env::var(name).ok().map(|value| ((*name).to_string(), value)))

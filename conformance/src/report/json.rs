@@ -1,6 +1,6 @@
 //! The report as JSON: what the gate reads, and what tools may read.
 
-use super::{Report, SCHEMA_VERSION, Totals};
+use super::{Report, SCHEMA_VERSION, Totals, content};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,8 @@ pub fn to_string(report: &Report) -> Result<String, ReportError> {
 /// Reads a report and checks that it agrees with itself.
 ///
 /// # Errors
-/// [`ReportError::Form`] for other text, another schema version, repeated case ids, or sums that are not the sums.
+/// [`ReportError::Form`] for other text, another schema version, repeated case ids, sums that are not the sums,
+/// or a content that is not the one that was hashed.
 pub fn from_str(text: &str) -> Result<Report, ReportError> {
     let form = |reason: String| ReportError::Form { reason };
     let value: serde_json::Value = serde_json::from_str(text).map_err(|e| form(e.to_string()))?;
@@ -54,6 +55,9 @@ pub fn from_str(text: &str) -> Result<Report, ReportError> {
     }
     if Totals::of(&report.cases) != report.totals {
         return Err(form("the totals are not the sums over the cases".to_string()));
+    }
+    if content::sha256(&report)? != report.content_sha256 {
+        return Err(form("content_sha256 is not the hash of its content".to_string()));
     }
     Ok(report)
 }

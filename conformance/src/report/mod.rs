@@ -1,33 +1,43 @@
 //! What a run found, in the forms people and pipelines read.
 
+pub mod badge;
+pub mod content;
+pub mod diff;
 pub mod environment;
+pub mod html;
 pub mod invariance;
 pub mod json;
 pub mod junit;
+pub mod levels;
+pub mod schema;
 pub mod terminal;
 
-pub use environment::Environment;
+pub use environment::{Environment, GitState};
 
 use crate::backend::Capabilities;
 use crate::invariance::Summary;
 use crate::suite::Case;
 use crate::tolerance::STATISTICAL_ASSERTIONS;
 use crate::verdict::{CaseResult, Verdict};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The version of the report's form. It rises whenever a reader of the old form would misread the new one.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// A whole run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Report {
     /// [`SCHEMA_VERSION`] of the writer.
     pub schema_version: u32,
     /// The suite's version.
     pub suite_version: String,
+    /// The hash of what the run found: [`content::sha256`] says what is hashed. Two runs of one build on one machine
+    /// have the same one.
+    pub content_sha256: String,
     /// Start of the run, in seconds since 1970 (UTC).
     pub started_unix_s: u64,
     /// Wall time of the run in seconds.
@@ -43,6 +53,9 @@ pub struct Report {
     /// findings has failed.
     #[serde(default)]
     pub findings: Vec<String>,
+    /// What backends say of themselves, where they do.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub descriptions: BTreeMap<String, String>,
     /// Sums over the cases.
     pub totals: Totals,
     /// The cases, by backend, model and check.
@@ -50,7 +63,7 @@ pub struct Report {
 }
 
 /// Sums over the cases of a run.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Totals {
     /// Cases.
@@ -95,21 +108,34 @@ impl Report {
             ran.iter().map(|c| (c.backend.name().to_string(), c.backend.capabilities())).collect();
         let checks = crate::checks::all();
         let of = |backend: &str| cases.iter().filter(|c| c.backend == backend).collect::<Vec<_>>();
-        Self {
+        let described = |c: &Case| c.backend.description().map(|text| (c.backend.name().to_string(), text));
+        let report = Self {
             schema_version: SCHEMA_VERSION,
             suite_version: env!("CARGO_PKG_VERSION").to_string(),
+            content_sha256: String::new(),
             started_unix_s: started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             duration_s: duration.as_secs_f64(),
             environment: Environment::current(),
+            descriptions: ran.iter().filter_map(described).collect(),
             invariance: backends
                 .iter()
                 .map(|(name, capabilities)| (name.clone(), Summary::of(capabilities, &checks, &of(name))))
                 .collect(),
             findings: backends.keys().filter_map(|name| overspent(name, &of(name))).collect(),
             backends,
-            totals: Totals::of(&cases),
+            totals: Totals::default(),
             cases,
-        }
+        };
+        report.sealed()
+    }
+
+    /// The same report with its totals and its hash taken afresh: to be called after a change to its cases.
+    #[must_use]
+    pub fn sealed(mut self) -> Self {
+        self.totals = Totals::of(&self.cases);
+        // A value without a JSON form leaves the report without a hash, which no reader accepts.
+        self.content_sha256 = content::sha256(&self).unwrap_or_default();
+        self
     }
 
     /// Whether every case is good, at least one passed, and nothing is wrong with the run as a whole.

@@ -1,10 +1,8 @@
 //! The report on a terminal: the grid, every failure with the command that repeats it, the sums, the service levels.
 
-use super::{Report, Totals};
+use super::{Report, Totals, levels};
 use crate::case::Category;
-use crate::measure;
 use crate::verdict::{CaseResult, Verdict};
-use bitnet_contracts::PerformanceContract;
 use comfy_table::{Attribute, Cell, CellAlignment, Color, Table, presets};
 use std::fmt::Write;
 
@@ -40,6 +38,7 @@ pub fn render(report: &Report, style: &Style) -> String {
     for finding in &report.findings {
         let _ = writeln!(text, "FINDING  {finding}");
     }
+    text.push_str(&waived(report));
     text.push_str(&unsupported(report));
     text.push_str(&totals(&report.totals, report.duration_s));
     text.push_str(&invariance(report, style));
@@ -91,8 +90,8 @@ fn summary_cell(totals: &Totals, style: &Style) -> Cell {
         .iter()
         .filter(|v| totals.count(**v) > 0)
         .map(|v| match v {
-            Verdict::Pass | Verdict::Unsupported => format!("{} {v}", totals.count(*v)),
-            _ => format!("{} {}", totals.count(*v), v.name().to_uppercase()),
+            v if v.is_good() => format!("{} {}", totals.count(*v), v.words()),
+            v => format!("{} {}", totals.count(*v), v.words().to_uppercase()),
         })
         .collect();
     let cell =
@@ -119,7 +118,7 @@ pub fn failure(case: &CaseResult, style: &Style) -> String {
 pub fn details(case: &CaseResult) -> String {
     let outcome = &case.outcome;
     let mut text = String::new();
-    let _ = writeln!(text, "{}  {}", outcome.verdict.name().to_uppercase(), case.id);
+    let _ = writeln!(text, "{}  {}", outcome.verdict.words().to_uppercase(), case.id);
     let _ = writeln!(text, "  clause    {}: {}", case.requirement, case.clause);
     if let Some(reason) = &outcome.reason {
         let _ = writeln!(text, "  reason    {}", indented(reason));
@@ -165,6 +164,15 @@ pub fn shell_quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
 
+/// The cases that an expectation lets fail, one line each.
+fn waived(report: &Report) -> String {
+    let mut text = String::new();
+    for case in report.cases.iter().filter(|c| c.outcome.verdict == Verdict::Waived) {
+        let _ = writeln!(text, "waived: {}: {}", case.id, case.outcome.reason.as_deref().unwrap_or("no reason given"));
+    }
+    text
+}
+
 /// Which declared absences were probed in place of a check, one line a reason.
 fn unsupported(report: &Report) -> String {
     let mut reasons: Vec<(&str, &str, u64)> = Vec::new();
@@ -183,8 +191,11 @@ fn unsupported(report: &Report) -> String {
 }
 
 fn totals(totals: &Totals, duration_s: f64) -> String {
-    let verdicts: Vec<String> =
-        Verdict::ALL.iter().filter(|v| totals.count(**v) > 0).map(|v| format!("{} {v}", totals.count(*v))).collect();
+    let verdicts: Vec<String> = Verdict::ALL
+        .iter()
+        .filter(|v| totals.count(**v) > 0)
+        .map(|v| format!("{} {}", totals.count(*v), v.words()))
+        .collect();
     format!(
         "{} cases: {} · {} assertions · {} values compared · {duration_s:.1} s\n",
         totals.cases,
@@ -195,7 +206,7 @@ fn totals(totals: &Totals, duration_s: f64) -> String {
 }
 
 /// A number with thin groups of three digits: 1234567 as `1,234,567`.
-fn grouped(number: u64) -> String {
+pub(super) fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
@@ -221,77 +232,19 @@ fn invariance(report: &Report, style: &Style) -> String {
     format!("\n{table}\n")
 }
 
-/// One line of the service-level table.
-struct Level {
-    name: &'static str,
-    key: &'static str,
-    /// Whether the largest value is the worst one.
-    high_is_bad: bool,
-    gate: f64,
-    target: f64,
-    show: fn(f64) -> String,
-}
-
-/// What was measured, beside the gate of the contract and the target of the trait's documentation (CPU column). The
-/// target is meant for the 2B model, so on a small fixture model it says little; the correlation is meaningful always.
+/// The service levels that were measured, beside the gate and the target.
 fn service_levels(report: &Report, style: &Style) -> String {
-    let (gate, target) = (PerformanceContract::default(), PerformanceContract::cpu_target());
-    let gib = |bytes: f64| format!("{:.3} GiB", bytes / f64::from(1 << 30));
-    let levels = [
-        Level {
-            name: "ms a token, slowest case",
-            key: measure::TOKEN_LATENCY_MS,
-            high_is_bad: true,
-            gate: f64::from(gate.max_token_latency_ms),
-            target: f64::from(target.max_token_latency_ms),
-            show: |v| format!("{v:.2} ms"),
-        },
-        Level {
-            name: "tokens a second, slowest case",
-            key: measure::THROUGHPUT_TPS,
-            high_is_bad: false,
-            gate: f64::from(gate.min_throughput_tps),
-            target: f64::from(target.min_throughput_tps),
-            show: |v| format!("{v:.1}/s"),
-        },
-        Level {
-            name: "peak memory",
-            key: measure::PEAK_MEMORY_BYTES,
-            high_is_bad: true,
-            gate: gate.max_memory_usage as f64,
-            target: target.max_memory_usage as f64,
-            show: gib,
-        },
-        Level {
-            name: "correlation with fp32, worst position",
-            key: measure::WORST_CORRELATION,
-            high_is_bad: false,
-            gate: f64::from(gate.min_accuracy_correlation),
-            target: f64::from(target.min_accuracy_correlation),
-            show: |v| format!("{v:.6}"),
-        },
-    ];
+    let readings = levels::readings(report);
     let mut table = new_table(style);
     table.set_header(["backend", "service level", "measured", "gate", "target (2B model)"]);
-    let mut rows = 0;
-    for backend in report.backend_names() {
-        for level in &levels {
-            let worst =
-                report.measurements(backend, level.key).reduce(if level.high_is_bad { f64::max } else { f64::min });
-            let Some(seen) = worst else { continue };
-            let verdict = |limit: f64| {
-                let met = if level.high_is_bad { seen <= limit } else { seen >= limit };
-                let distance = match level.key {
-                    measure::WORST_CORRELATION => format!("{:+.4}", seen - limit),
-                    _ if limit > 0.0 => format!("{:.3}×", seen / limit),
-                    _ => String::new(),
-                };
-                format!("{} {} {distance}", if met { "✓" } else { "✗" }, (level.show)(limit)).trim_end().to_string()
-            };
-            let (gate, target) = (verdict(level.gate), verdict(level.target));
-            table.add_row([backend, level.name, &(level.show)(seen), &gate, &target]);
-            rows += 1;
-        }
+    for reading in &readings {
+        let show = reading.level.show;
+        let verdict = |limit: f64| {
+            let mark = if reading.meets(limit) { "✓" } else { "✗" };
+            format!("{mark} {} {}", show(limit), reading.distance(limit)).trim_end().to_string()
+        };
+        let (gate, target) = (verdict(reading.level.gate), verdict(reading.level.target));
+        table.add_row([reading.backend, reading.level.name, &show(reading.seen), &gate, &target]);
     }
-    if rows == 0 { String::new() } else { format!("\n{table}\n") }
+    if readings.is_empty() { String::new() } else { format!("\n{table}\n") }
 }

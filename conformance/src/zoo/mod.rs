@@ -9,11 +9,16 @@ pub mod naive;
 pub mod proof;
 pub mod prove;
 
+#[cfg(test)]
+mod tests;
+
 use crate::backend::{BackendFactory, Capabilities, CreateOptions, Registry, Semantics};
 use crate::case::Category;
 use crate::model::ModelFixture;
-use bitnet_contracts::{BitNetInference, Result, ThreadSafeInference};
-use naive::{Deviation, Naive};
+use bitnet_contracts::{
+    BitNetInference, ForwardPassMetrics, GenerationConfig, GenerationResult, MemoryUsage, Result, ThreadSafeInference,
+};
+use naive::{Call, Deviation, Naive};
 use std::sync::Arc;
 
 /// One fault: an engine that is wrong in one way.
@@ -38,7 +43,52 @@ pub struct Fault {
     /// Changes what its engine declares.
     pub declare: fn(Capabilities) -> Capabilities,
     /// The deviation.
-    pub make: fn() -> Arc<dyn Deviation>,
+    pub build: Build,
+}
+
+/// How a deviation is made.
+#[derive(Clone, Copy)]
+pub enum Build {
+    /// One of its own.
+    New(fn() -> Arc<dyn Deviation>),
+    /// The honest one, but for a change to the metrics of every pass.
+    Metrics(fn(&mut ForwardPassMetrics, &Call)),
+    /// But for a change to every memory figure.
+    Memory(fn(&mut MemoryUsage)),
+    /// But for a change to every result of a generation.
+    Result(fn(&mut GenerationResult)),
+}
+
+impl Build {
+    fn make(self) -> Arc<dyn Deviation> {
+        match self {
+            Self::New(make) => make(),
+            change => Arc::new(Lie(change)),
+        }
+    }
+}
+
+/// An honest engine that lies when it is asked.
+struct Lie(Build);
+
+impl Deviation for Lie {
+    fn metrics(&self, metrics: &mut ForwardPassMetrics, call: &Call) {
+        if let Build::Metrics(change) = self.0 {
+            change(metrics, call);
+        }
+    }
+
+    fn memory(&self, usage: &mut MemoryUsage) {
+        if let Build::Memory(change) = self.0 {
+            change(usage);
+        }
+    }
+
+    fn result(&self, result: &mut GenerationResult, _: &GenerationConfig) {
+        if let Build::Result(change) = self.0 {
+            change(result);
+        }
+    }
 }
 
 impl Fault {
@@ -50,8 +100,19 @@ impl Fault {
         killer: &'static str,
         make: fn() -> Arc<dyn Deviation>,
     ) -> Self {
+        Self::with(name, what, source, killer, Build::New(make))
+    }
+
+    /// The same from any [`Build`].
+    pub const fn with(
+        name: &'static str,
+        what: &'static str,
+        source: &'static str,
+        killer: &'static str,
+        build: Build,
+    ) -> Self {
         let (semantics, declare) = (Semantics::W158A8, (|c| c) as fn(Capabilities) -> Capabilities);
-        Self { name, class: "", what, source, killer, semantics, model: None, only: None, declare, make }
+        Self { name, class: "", what, source, killer, semantics, model: None, only: None, declare, build }
     }
 
     /// The same in the other semantics.
@@ -87,7 +148,7 @@ impl Fault {
         ZooFactory {
             name: format!("faulty-{}", self.name),
             capabilities: (self.declare)(ZooFactory::all_capabilities(self.semantics)),
-            make: self.make,
+            build: self.build,
         }
     }
 }
@@ -113,7 +174,7 @@ impl HonestVariant {
         ZooFactory {
             name: format!("honest-{}", self.name),
             capabilities: (self.declare)(ZooFactory::all_capabilities(self.semantics)),
-            make: self.make,
+            build: Build::New(self.make),
         }
     }
 }
@@ -122,7 +183,7 @@ impl HonestVariant {
 pub struct ZooFactory {
     name: String,
     capabilities: Capabilities,
-    make: fn() -> Arc<dyn Deviation>,
+    build: Build,
 }
 
 impl ZooFactory {
@@ -135,11 +196,12 @@ impl ZooFactory {
             .with_threads()
             .with_tokenizer()
             .with_batch()
+            .with_instruction_sets(["scalar", "paired"])
             .with_bitwise()
     }
 
     fn load(&self, model: &ModelFixture, options: &CreateOptions) -> Result<Naive> {
-        Naive::load(model, self.capabilities.semantics, options, (self.make)())
+        Naive::load(model, &self.capabilities, options, self.build.make())
     }
 }
 
@@ -161,7 +223,7 @@ impl BackendFactory for ZooFactory {
     }
 
     fn create_thread_safe(&self, model: &ModelFixture) -> Option<Result<Arc<dyn ThreadSafeInference>>> {
-        let wanted = (self.make)().thread_safe() && self.capabilities.thread_safe;
+        let wanted = self.build.make().thread_safe(&self.capabilities);
         wanted.then(|| {
             let engine = self.load(model, &CreateOptions::default());
             engine.map(|engine| Arc::new(engine) as Arc<dyn ThreadSafeInference>)

@@ -7,6 +7,7 @@ use super::proof::{FaultRow, HonestRow, Proof};
 use super::{Fault, HonestVariant, faulty, honest};
 use crate::backend::{BackendFactory, Registry};
 use crate::case::{Check, ModelSet};
+use crate::checks::probes;
 use crate::model::Model;
 use crate::run::Runner;
 use crate::suite::Case;
@@ -96,7 +97,7 @@ pub fn run(
     let variants: Vec<HonestVariant> =
         honest::all().into_iter().filter(|v| choice.takes_backend(&v.factory().name())).collect();
     let mut proof = Proof {
-        checks: checks.iter().map(|c| c.name.to_string()).collect(),
+        checks: names(choice),
         faults: faults.iter().map(fault_row).collect(),
         honest: variants.iter().map(honest_row).collect(),
     };
@@ -142,6 +143,13 @@ pub fn run(
     proof
 }
 
+/// The checks and probes of a choice.
+fn names(choice: &Choice) -> Vec<String> {
+    let checks = crate::checks::all().into_iter().map(|c| c.name).filter(|name| choice.takes_check(name));
+    let probes = probes::ALL.iter().map(|p| p.name).filter(|name| choice.takes_check(name));
+    checks.chain(probes).map(str::to_string).collect()
+}
+
 fn fault_row(fault: &Fault) -> FaultRow {
     FaultRow {
         name: fault.name.to_string(),
@@ -159,12 +167,17 @@ fn honest_row(variant: &HonestVariant) -> HonestRow {
 }
 
 /// The outcomes of one task: case id, verdict, and the reason where it is not good.
-type Found = Vec<(String, Verdict, String)>;
+struct Found {
+    /// The check, or the probe that ran in its place.
+    name: &'static str,
+    cases: Vec<(String, Verdict, String)>,
+}
 
 fn attempt(runner: &Runner, task: &Task) -> Found {
     let capabilities = task.backend.capabilities();
     let lacks = task.check.needs.filter(|needed| !capabilities.has(*needed));
-    let mut found = Vec::new();
+    let probe = lacks.and_then(|lacking| probes::ALL.iter().find(|probe| probe.capability == lacking));
+    let mut found = Found { name: probe.map_or(task.check.name, |probe| probe.name), cases: Vec::new() };
     for model in &task.models {
         let mut check = task.check.clone();
         check.deadline = Some(check.deadline.map_or(DEADLINE, |d| d.min(DEADLINE)));
@@ -175,7 +188,7 @@ fn attempt(runner: &Runner, task: &Task) -> Found {
         let failure = outcome.failures.first().map(|f| format!("expected {}, seen {} ({})", f.expected, f.seen, f.at));
         let reason = outcome.reason.into_iter().chain(failure).collect::<Vec<_>>().join("; ");
         let caught = matches!(task.of, Of::Fault(_)) && is_kill(outcome.verdict);
-        found.push((result.id, outcome.verdict, reason));
+        found.cases.push((result.id, outcome.verdict, reason));
         if caught {
             break;
         }
@@ -189,10 +202,10 @@ fn is_kill(verdict: Verdict) -> bool {
 }
 
 fn record(proof: &mut Proof, task: &Task, found: Found) {
-    for (id, verdict, reason) in found {
+    for (id, verdict, reason) in found.cases {
         match task.of {
             Of::Fault(i) if is_kill(verdict) => {
-                proof.faults[i].kills.insert(task.check.name.to_string(), verdict);
+                proof.faults[i].kills.insert(found.name.to_string(), verdict);
             }
             Of::Fault(_) => {}
             Of::Honest(i) => {

@@ -49,6 +49,11 @@ impl BackendFactory for Cpu {
             .with_quantization(&[QuantizationType::I2S])
     }
 
+    fn description(&self) -> Option<String> {
+        let isa = Isa::from_environment().ok()?;
+        Some(format!("bitnet-engine {}, {} kernels", env!("CARGO_PKG_VERSION"), isa.name()))
+    }
+
     fn create(&self, model: &ModelFixture) -> Result<Box<dyn BitNetInference>> {
         self.create_with(model, &CreateOptions::default())
     }

@@ -58,7 +58,10 @@ pub(super) struct Decision {
     pub ruling: Ruling,
     /// The samples, in the order taken.
     pub samples: Vec<Sample>,
-    claim: Claim,
+    /// Samples beyond the limit, by either time.
+    misses: usize,
+    own_misses: usize,
+    limit: f64,
 }
 
 impl Claim {
@@ -88,12 +91,16 @@ impl Claim {
     ) -> Result<Decision, Stop> {
         let start = Instant::now();
         let most = LOOKS[LOOKS.len() - 1];
-        let mut decision = Decision { ruling: Ruling::Open, samples: Vec::new(), claim: self };
+        let mut decision =
+            Decision { ruling: Ruling::Open, samples: Vec::new(), misses: 0, own_misses: 0, limit: self.limit };
+        let beyond = |value: f64| usize::from(value.is_nan() || value > self.limit);
         while decision.samples.len() < most && start.elapsed() < budget {
             let Some(next) = sample()? else { break };
             decision.samples.push(next);
+            decision.misses += beyond(next.wall);
+            decision.own_misses += beyond(next.own);
             let taken = decision.samples.len();
-            decision.ruling = match (self.ruling(taken, decision.misses()), self.ruling(taken, decision.own_misses())) {
+            decision.ruling = match (self.ruling(taken, decision.misses), self.ruling(taken, decision.own_misses)) {
                 (Ruling::Holds, _) => Ruling::Holds,
                 (_, Ruling::Broken) => Ruling::Broken,
                 _ => Ruling::Open,
@@ -107,15 +114,6 @@ impl Claim {
 }
 
 impl Decision {
-    /// Samples beyond the limit.
-    pub(super) fn misses(&self) -> usize {
-        self.samples.iter().filter(|s| s.wall.is_nan() || s.wall > self.claim.limit).count()
-    }
-
-    fn own_misses(&self) -> usize {
-        self.samples.iter().filter(|s| s.own.is_nan() || s.own > self.claim.limit).count()
-    }
-
     /// The samples by the caller's clock.
     pub(super) fn walls(&self) -> Vec<f64> {
         self.samples.iter().map(|s| s.wall).collect()
@@ -125,10 +123,10 @@ impl Decision {
     pub(super) fn text(&self) -> String {
         format!(
             "{} of {} above {}, {} of them for want of a processor, 95th percentile {:.3}",
-            self.misses(),
+            self.misses,
             self.samples.len(),
-            self.claim.limit,
-            self.misses() - self.own_misses(),
+            self.limit,
+            self.misses - self.own_misses,
             percentile(&self.walls(), 0.95),
         )
     }

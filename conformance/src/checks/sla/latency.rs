@@ -69,6 +69,7 @@ struct Sessions<'a> {
     sessions: u64,
     /// The samples of each position, `start` first.
     positions: Vec<Vec<Sample>>,
+    totals: Figures,
     peak: usize,
     wrong: Option<String>,
 }
@@ -85,6 +86,7 @@ impl<'a> Sessions<'a> {
             start,
             sessions: 0,
             positions: vec![Vec::new(); length - start],
+            totals: Figures::default(),
             peak: 0,
             wrong: None,
         })
@@ -133,6 +135,7 @@ impl<'a> Sessions<'a> {
         let (engine, cache) = (&mut self.engine, &mut self.cache);
         let (output, sample) = self.watch.time(1, || engine.forward(&input, Some(cache)));
         let output = output?;
+        self.totals.add(millis(output.metrics.total_time), sample.wall);
         self.peak = self.peak.max(output.metrics.peak_memory_usage).max(output.memory_usage.peak_usage);
         self.seen.extend(Logits::of(&output)?.data);
         self.positions[at - self.start].push(sample);
@@ -169,6 +172,8 @@ pub(super) fn gate(ctx: &mut Context<'_>) -> CheckResult {
     if slow.is_none() {
         settle(ctx, "decode steps", &decision)?;
     }
+    sessions.totals.fit(ctx, "total_time of the steps", "the caller's clock");
+    sessions.totals.own_up(ctx, "total_time of the steps", "the caller's clock", tolerance::TIME_OWNED);
     let latency = percentile(&decision.walls(), 0.5);
     report_samples(ctx, "step_ms", &decision.walls());
     ctx.timing(measure::TOKEN_LATENCY_MS, latency);
@@ -270,7 +275,7 @@ pub(super) fn generation(ctx: &mut Context<'_>) -> CheckResult {
     let length = 4.min(ctx.facts().max_positions / 2).max(1);
     let count = STEPS.min(ctx.facts().max_positions - length);
     let (mut watch, mut left, mut requests) = (Stopwatch::new(limit()), VecDeque::new(), Vec::new());
-    let (mut asked, mut wrong) = (0u64, None);
+    let (mut asked, mut wrong, mut told) = (0u64, None, Figures::default());
     let decision = claim().decide(BUDGET, || {
         while left.is_empty() && asked < super::decide::LOOKS[3] as u64 {
             let tokens = prompt(ctx.facts(), length, 1_050_000 + asked);
@@ -281,6 +286,9 @@ pub(super) fn generation(ctx: &mut Context<'_>) -> CheckResult {
             if wrong.is_some() {
                 return Ok(None);
             }
+            if result.finish_reason == FinishReason::MaxTokens {
+                told.add(clock::accounted(&result), sample.wall);
+            }
             let (request, steps) = shared_out(&result, sample);
             requests.push(request);
             left.extend(steps);
@@ -290,6 +298,8 @@ pub(super) fn generation(ctx: &mut Context<'_>) -> CheckResult {
     watch.report(ctx);
     not_void(ctx, wrong)?;
     settle(ctx, "tokens after the first", &decision)?;
+    told.fit(ctx, "time_to_first_token and the ids after it", "the caller's clock");
+    told.own_up(ctx, "time_to_first_token and the ids after it", "the caller's clock", tolerance::TIME_OWNED);
     report_samples(ctx, "output_token_ms", &decision.walls());
     let median = |values: Vec<f64>| percentile(&values, 0.5);
     let tpot = median(requests.iter().filter_map(Request::time_per_output_token).collect());

@@ -49,12 +49,12 @@ impl Stopwatch {
     }
 }
 
-/// The fixed piece of work: a chain of multiplications that no processor can shorten. Some tens of microseconds.
+/// The fixed piece of work: a chain of steps that nothing can shorten. Some tens of microseconds.
 fn spin() -> f64 {
     let clock = Instant::now();
     let mut state = std::hint::black_box(1u64);
     for _ in 0..10_000 {
-        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        state = (state ^ (state >> 29)).wrapping_mul(0x5851_f42d_4c95_7f2d);
     }
     std::hint::black_box(state);
     millis(clock.elapsed())
@@ -83,13 +83,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn watching_begins_with_the_first_sample_beyond_the_limit() {
+        let mut idle = Stopwatch::new(f64::INFINITY);
+        idle.time(1, || ());
+        assert!(!idle.watching);
+        let mut watch = Stopwatch::new(10.0);
+        let ((), sample) = watch.time(2, || std::thread::sleep(Duration::from_millis(30)));
+        assert!(watch.watching && sample.wall >= 15.0 && sample.own == sample.wall, "{sample:?}");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
     fn sleep_is_not_taken_for_a_want_of_processors() {
-        let mut watch = Stopwatch::new(1.0);
-        let nap = || std::thread::sleep(Duration::from_millis(20));
-        watch.time(1, nap);
-        assert!(watch.watching);
-        let ((), sample) = watch.time(2, nap);
-        assert!(sample.wall >= 10.0 && sample.own > sample.wall / 2.0, "{sample:?}");
+        let me = std::fs::read_link("/proc/thread-self").expect("a link").file_name().expect("a number").to_owned();
+        let before = waits().get(&me).copied();
+        std::thread::sleep(Duration::from_millis(200));
+        let waited = waits().get(&me).copied().zip(before).map(|(after, before)| after - before);
+        assert!(waited.is_none_or(|waited| waited < 150.0), "{waited:?}");
     }
 
     #[test]

@@ -1,20 +1,24 @@
 //! SLA-3, SLA-7: what an engine says of its own times, counts and operations is what happened.
 //!
 //! An engine measures inside the call that the caller measures, so its figures fit into the caller's on any machine, busy or
-//! idle; how much of the caller's time they own up to is judged by the best of many calls.
+//! idle; how much of the caller's time they own up to is judged by the median of many calls.
 
-use super::clock::{Figures, Request, accounted, differ, told_decode};
+use super::clock::{Figures, accounted, differ};
+use super::decide::percentile;
 use super::noise::millis;
 use crate::backend::CreateOptions;
 use crate::case::{CheckResult, Context, Stop};
 use crate::checks::support::{generate, greedy, ids, mix, plain, prompt};
 use crate::model::ModelFacts;
 use crate::tolerance;
-use bitnet_contracts::{BitNetInference, GenerationConfig, GenerationResult, InferenceOutput, KVCache};
+use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig, GenerationResult, InferenceOutput, KVCache};
 use std::time::{Duration, Instant};
 
-/// Calls of each kind.
+/// Calls of each kind, and the least there are where they take long.
 const ROUNDS: u64 = 12;
+const LEAST_ROUNDS: u64 = 3;
+/// What is long for all of them.
+const LONG: Duration = Duration::from_secs(3);
 
 /// Weights that each token is multiplied with.
 fn weights_met(facts: &ModelFacts) -> f64 {
@@ -48,10 +52,16 @@ fn passes(ctx: &Context<'_>, engine: &mut dyn BitNetInference) -> Result<Vec<Vec
     let mut cache = KVCache::new(many);
     let mut made: Vec<Vec<Pass>> = PASSES.iter().map(|_| Vec::new()).collect();
     let kinds = if ctx.capabilities().batch { PASSES.len() } else { PASSES.len() - 1 };
-    let mut order: Vec<(u64, usize)> =
-        (0..ROUNDS * kinds as u64).map(|call| (mix(call), call as usize % kinds)).collect();
+    let start = Instant::now();
+    // Every round in an order of its own.
+    let mut order: Vec<(u64, u64, usize)> = (0..ROUNDS)
+        .flat_map(|round| (0..kinds).map(move |kind| (round, mix(round << 8 | kind as u64), kind)))
+        .collect();
     order.sort_unstable();
-    for (salt, kind) in order {
+    for (round, salt, kind) in order {
+        if round >= LEAST_ROUNDS && start.elapsed() > LONG {
+            break;
+        }
         let (rows, length) = [(1, 1), (1, many), (1, 1), (2, many.div_ceil(2))][kind];
         if kind == 2 && cache.remaining() == 0 {
             cache = KVCache::new(many);
@@ -79,7 +89,7 @@ pub(super) fn metrics_are_true(ctx: &mut Context<'_>) -> CheckResult {
         let what = format!("total_time of {kind}");
         totals.fit(ctx, &what, "the caller's clock");
         totals.own_up(ctx, &what, "the caller's clock", tolerance::TIME_OWNED);
-        owned = owned.min(totals.best_share());
+        owned = owned.min(totals.share());
         operations(ctx, kind, passes, &facts);
     }
     ctx.timing("time_owned", owned);
@@ -157,9 +167,12 @@ fn memory_and_traffic(ctx: &mut Context<'_>, all: &[&Pass], facts: &ModelFacts) 
     ctx.check(measured, "memory_bandwidth_usage that differs from call to call, or none", format!("always {first:?}"));
 }
 
+/// A component time and its name.
+type Part = (&'static str, fn(&Pass) -> Duration);
+
 /// The times of the parts of a pass fit into the whole, and those that are given are measured.
 fn parts(ctx: &mut Context<'_>, all: &[&Pass]) {
-    let fields: [(&str, fn(&Pass) -> Duration); 7] = [
+    let fields: [Part; 7] = [
         ("embedding_time", |p| p.output.metrics.embedding_time),
         ("attention_time", |p| p.output.metrics.attention_time),
         ("feedforward_time", |p| p.output.metrics.feedforward_time),
@@ -172,7 +185,7 @@ fn parts(ctx: &mut Context<'_>, all: &[&Pass]) {
     for (size, few) in [("short", true), ("long", false)] {
         let (mut five, mut quantization) = (Figures::default(), Figures::default());
         for pass in all.iter().filter(|pass| (pass.tokens == 1) == few) {
-            let sum = |range: &[(&str, fn(&Pass) -> Duration)]| range.iter().map(|(_, f)| millis(f(pass))).sum::<f64>();
+            let sum = |range: &[Part]| range.iter().map(|(_, f)| millis(f(pass))).sum::<f64>();
             five.add(sum(&fields[..5]), pass.total());
             quantization.add(sum(&fields[5..]), pass.total());
         }
@@ -220,8 +233,9 @@ fn generations(ctx: &Context<'_>) -> Result<Vec<Vec<Made>>, Stop> {
     let few = 3.min(facts.max_positions - long).max(1);
     let exactly = |count: usize| GenerationConfig { min_new_tokens: count, ..GenerationConfig::greedy() };
     let mut made: Vec<Vec<Made>> = KINDS.iter().map(|_| Vec::new()).collect();
-    for round in 0..ROUNDS {
-        for kind in 0..KINDS.len() {
+    let start = Instant::now();
+    for round in (0..ROUNDS).take_while(|&round| round < LEAST_ROUNDS || start.elapsed() < LONG) {
+        for (kind, made) in made.iter_mut().enumerate() {
             let salt = 1_060_000 + round * KINDS.len() as u64 + kind as u64;
             let tokens = prompt(facts, if matches!(kind, 2 | 3) { long } else { short }, salt);
             let (count, config) = match kind {
@@ -238,7 +252,7 @@ fn generations(ctx: &Context<'_>) -> Result<Vec<Vec<Made>>, Stop> {
                 (5, _) => engine.generate_deterministic(&tokens, count, salt)?,
                 _ => generate(engine.as_mut(), &tokens, count, &config)?,
             };
-            made[kind].push(Made { result, wall: millis(clock.elapsed()) });
+            made.push(Made { result, wall: millis(clock.elapsed()) });
         }
     }
     Ok(made)
@@ -274,10 +288,14 @@ fn times_of(ctx: &mut Context<'_>, kind: &str, runs: &[Made]) {
             .map(|m| format!("{} for {}", m.result.timing.per_token.len(), m.result.generated_tokens.len()))
             .unwrap_or_default(),
     );
-    let [mut total, mut ids, mut stages, mut prefill, mut first] = [(); 5].map(|()| Figures::default());
+    let [mut total, mut ids, mut whole, mut stages, mut prefill, mut first] = [(); 6].map(|()| Figures::default());
     for Made { result, wall } in runs {
         let timing = &result.timing;
         total.add(millis(timing.total), *wall);
+        // A step that ends a generation is nobody's time: it gave no id.
+        if result.finish_reason == FinishReason::MaxTokens {
+            whole.add(accounted(result), millis(timing.total));
+        }
         ids.add(accounted(result), millis(timing.total));
         stages.add(millis(timing.prefill + timing.decode), millis(timing.total));
         if !result.generated_tokens.is_empty() {
@@ -291,12 +309,9 @@ fn times_of(ctx: &mut Context<'_>, kind: &str, runs: &[Made]) {
     first.fit(ctx, &format!("{kind}: time_to_first_token"), "timing.total");
     stages.fit(ctx, &format!("{kind}: prefill and decode"), "timing.total");
     prefill.fit(ctx, &format!("{kind}: prefill"), "time_to_first_token");
-    // A step that ends a generation is nobody's time: it gave no id.
-    if !kind.contains("end-of-sequence") {
-        let what = format!("{kind}: time_to_first_token and the ids after it");
-        ids.own_up(ctx, &what, "timing.total", tolerance::TIME_OWNED);
-        stages.own_up(ctx, &format!("{kind}: prefill and decode"), "timing.total", tolerance::TIME_OWNED);
-    }
+    let what = format!("{kind}: time_to_first_token and the ids after it");
+    whole.own_up(ctx, &what, "timing.total", tolerance::TIME_OWNED);
+    stages.own_up(ctx, &format!("{kind}: prefill and decode"), "timing.total", tolerance::STAGES_OWNED);
     if kind.contains("long prompt") {
         let what = format!("{kind}: prefill");
         prefill.own_up(ctx, &what, "time_to_first_token", tolerance::PREFILL_OF_FIRST);
@@ -305,24 +320,13 @@ fn times_of(ctx: &mut Context<'_>, kind: &str, runs: &[Made]) {
     ctx.check(measured, format!("{kind}: times of the ids that differ"), "all the same in every call");
 }
 
-/// The best generation of many ids beside the best of one, by the caller's clock: where the first id came must be where
-/// the engine says that it came. What disturbs a call only ever adds to it, so the best of each can be compared.
+/// Generations of many ids beside those of one id, each with its neighbour in time: where the engine says that the first
+/// of many came, a call for one id returns, or nearly so. A quarter of the pairs on the right side is enough, for a busy
+/// machine disturbs either side of a pair, and an engine that moves the first id does so every time.
 fn beside_each_other(ctx: &mut Context<'_>, what: &str, many: &[Made], one: &[Made]) {
-    let best = |values: &mut dyn Iterator<Item = f64>| values.fold(f64::INFINITY, f64::min);
-    let ids = many.iter().map(|m| m.result.generated_tokens.len()).max().unwrap_or(0);
-    let alone = best(&mut one.iter().map(|m| m.wall));
-    let first = best(&mut many.iter().map(|m| millis(m.result.timing.time_to_first_token)));
-    ctx.check_at_most(
-        format!("time_to_first_token in ms after {what}, against the call for one id"),
-        first,
-        tolerance::FIRST_FACTOR * alone + tolerance::CLOCK_STEP_MS,
-    );
-    let seen = Request { whole: best(&mut many.iter().map(|m| m.wall)), first: alone, ids };
-    let after = (ids.max(2) - 1) as f64;
-    let seen = seen.time_per_output_token().unwrap_or(0.0) * after;
-    let told = best(&mut many.iter().map(|m| told_decode(&m.result)));
-    let give = tolerance::FIRST_FACTOR / 4.0 * alone + tolerance::CLOCK_STEP_MS;
-    let what = format!("time in ms of the ids after the first, after {what}");
-    ctx.check_at_most(format!("{what}, as told"), told, tolerance::FIRST_FACTOR * seen.max(0.0) + give);
-    ctx.check_at_most(format!("{what}, by the caller's clock"), seen, tolerance::FIRST_FACTOR * told + give);
+    let first = |made: &Made| millis(made.result.timing.time_to_first_token);
+    let ratios: Vec<f64> = many.iter().zip(one).map(|(many, one)| first(many) / one.wall).collect();
+    let what = format!("time_to_first_token of many ids after {what} over the time of a call for one id");
+    ctx.check_at_most(format!("{what}, lower quartile,"), percentile(&ratios, 0.25), tolerance::FIRST_FACTOR);
+    ctx.check_at_least(format!("{what}, upper quartile,"), percentile(&ratios, 0.75), 1.0 / tolerance::FIRST_FACTOR);
 }

@@ -1,6 +1,7 @@
 //! What the naive engine keeps in a `KVCache`: keys and values in f32, layer by layer.
 
-use bitnet_contracts::CacheStorage;
+use super::engine::Naive;
+use bitnet_contracts::{CacheStorage, InferenceOutput, KVCache, Result, Tensor};
 use std::any::Any;
 
 /// Keys and values of one sequence.
@@ -43,14 +44,15 @@ pub struct NaiveCache {
     pub sequences: Vec<Sequence>,
     /// What a deviation keeps beside them.
     pub note: u64,
-    /// What truncation leaves, for deviations that forget to truncate.
-    pub stubborn: bool,
+    /// What truncation does instead, for deviations that truncate in another way.
+    pub on_truncate: Option<fn(&mut [Sequence], usize)>,
 }
 
 impl CacheStorage for NaiveCache {
     fn truncate(&mut self, len: usize) {
-        if !self.stubborn {
-            self.sequences.iter_mut().for_each(|s| s.truncate(len));
+        match self.on_truncate {
+            Some(truncate) => truncate(&mut self.sequences, len),
+            None => self.sequences.iter_mut().for_each(|s| s.truncate(len)),
         }
     }
 
@@ -64,5 +66,27 @@ impl CacheStorage for NaiveCache {
 
     fn as_any_mut(&mut self) -> &mut dyn Any {
         self
+    }
+}
+
+impl Naive {
+    /// What this engine keeps in a cache.
+    ///
+    /// # Errors
+    /// `KVCacheError` for a cache that another one has filled.
+    pub fn held<'c>(&self, cache: &'c mut KVCache) -> Result<&'c mut NaiveCache> {
+        cache.storage(&self.shared.owner, || Ok(NaiveCache::default()))
+    }
+
+    /// `forward` behind sequences of which the caller knows nothing.
+    ///
+    /// # Errors
+    /// As `forward`.
+    pub fn forward_behind(&mut self, before: Vec<Sequence>, ids: &Tensor) -> Result<InferenceOutput> {
+        let len = before.first().map_or(0, |s| s.len);
+        let mut cache = KVCache::new(usize::MAX);
+        self.held(&mut cache)?.sequences = before;
+        cache.advance(len)?;
+        self.honest_forward(ids, Some(&mut cache))
     }
 }

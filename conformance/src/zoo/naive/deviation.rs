@@ -3,14 +3,16 @@
 //! There are two kinds. Inner points stand inside the forward pass and the sampler: one number, one row, one choice. Outer
 //! points stand around a whole call of the contracts and may do before, after or instead of it what they like.
 
+use super::cache::Sequence;
 use super::engine::Naive;
-use super::sampler::{self, SplitMix};
+use super::sampler::{self, SplitMix, Step};
 use super::weights::Weights;
-use crate::backend::CreateOptions;
+use crate::backend::{Capabilities, CreateOptions};
 use crate::model::ModelFixture;
 use bitnet_contracts::{
-    BitNetInference, Device, FinishReason, ForwardPassMetrics, GenerationConfig, GenerationResult, InferenceError,
-    InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result, Tensor,
+    BitNetInference, CacheOwner, ConfigurationError, Device, FinishReason, ForwardPassMetrics, GenerationConfig,
+    GenerationResult, InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, QuantizationType, Result,
+    Tensor,
 };
 use std::path::Path;
 
@@ -108,13 +110,33 @@ pub trait Deviation: Send + Sync + 'static {
     ///
     /// # Errors
     /// For an option that the backend does not have.
-    fn options(&self, options: &CreateOptions) -> Result<CreateOptions> {
-        Ok(options.clone())
+    fn options(&self, options: &CreateOptions, declared: &Capabilities) -> Result<CreateOptions> {
+        let known = |name: &String| declared.instruction_sets.contains(name);
+        let asked = [
+            ("attention weights", options.output_attentions && !declared.attention_weights),
+            ("hidden states", options.output_hidden_states && !declared.hidden_states),
+            ("a number of threads", options.threads.is_some() && !declared.threads),
+            ("this instruction set", options.isa.as_ref().is_some_and(|name| !known(name))),
+        ];
+        match asked.iter().find(|(_, refused)| *refused) {
+            Some((what, _)) => Err(lacking(what)),
+            None => Ok(options.clone()),
+        }
     }
 
     /// Whether there is an engine for many threads.
-    fn thread_safe(&self) -> bool {
-        true
+    fn thread_safe(&self, declared: &Capabilities) -> bool {
+        declared.thread_safe
+    }
+
+    /// Whether a batch of more than one sequence is taken.
+    fn takes_batches(&self, declared: &Capabilities) -> bool {
+        declared.batch
+    }
+
+    /// Whether stop texts are passed over where there is no tokenizer to find them with.
+    fn ignores_stop_texts(&self) -> bool {
+        false
     }
 
     /// Whether `validate()` of the configuration is called.
@@ -320,6 +342,16 @@ pub trait Deviation: Send + Sync + 'static {
         config.prefill_chunk_size.unwrap_or(length).clamp(1, length.max(1))
     }
 
+    /// The first token that is computed again at a step without a cache.
+    fn recomputes_from(&self, prompt: usize) -> usize {
+        0
+    }
+
+    /// A choice of its own for one step, in place of penalties, filters and draw.
+    fn choose(&self, step: &mut Step<'_>) -> Option<u32> {
+        None
+    }
+
     /// A finished generation, before the caller sees it.
     fn result(&self, result: &mut GenerationResult, config: &GenerationConfig) {}
 
@@ -416,10 +448,24 @@ pub trait Deviation: Send + Sync + 'static {
     /// Metrics of a forward pass, before the caller sees them.
     fn metrics(&self, metrics: &mut ForwardPassMetrics, call: &Call) {}
 
+    /// Whose caches those of an engine are.
+    fn owner(&self, owner: CacheOwner, weights: &Weights) -> CacheOwner {
+        owner
+    }
+
+    /// Room for new positions of one sequence, before they are computed: `width` values of keys and as many of values
+    /// each, up to `capacity` in all.
+    fn make_room(&self, sequence: &mut Sequence, width: usize, positions: usize, capacity: usize) {}
+
     /// An error of a call, before the caller sees it.
     fn error(&self, error: InferenceError) -> InferenceError {
         error
     }
+}
+
+/// The refusal of what an engine declares that it lacks.
+pub fn lacking(what: &str) -> InferenceError {
+    ConfigurationError::IncompatibleConfig { reason: format!("this engine has no choice of {what}") }.into()
 }
 
 /// The engine that goes its own way nowhere.

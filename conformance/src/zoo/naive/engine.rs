@@ -2,9 +2,9 @@
 
 use super::cache::{NaiveCache, Sequence};
 use super::deviation::{Call, Deviation};
-use super::forward::{Pass, Rows};
+use super::forward::{Clock, Pass, Rows};
 use super::weights::Weights;
-use crate::backend::{CreateOptions, Semantics};
+use crate::backend::{Capabilities, CreateOptions};
 use crate::model::ModelFixture;
 use bitnet_contracts::{
     BitNetInference, CacheOwner, ConfigurationError, DType, Device, ForwardPassError, ForwardPassMetrics,
@@ -23,8 +23,8 @@ pub struct Shared {
     pub tokenizer: Option<tokenizers::Tokenizer>,
     /// Who answers where engines differ.
     pub deviation: Arc<dyn Deviation>,
-    /// The function that is computed.
-    pub semantics: Semantics,
+    /// What it declares, the function that it computes among it.
+    pub declared: Capabilities,
     /// How it was built.
     pub options: CreateOptions,
     /// Whose caches these are.
@@ -65,22 +65,22 @@ impl Naive {
     /// `ModelError` and `ConfigurationError` for a folder that is no sound model.
     pub fn load(
         model: &ModelFixture,
-        semantics: Semantics,
+        declared: &Capabilities,
         options: &CreateOptions,
         deviation: Arc<dyn Deviation>,
     ) -> Result<Self> {
-        Self::read(model, semantics, options, deviation.clone()).map_err(|e| deviation.load_error(model.dir(), e))
+        Self::read(model, declared, options, deviation.clone()).map_err(|e| deviation.load_error(model.dir(), e))
     }
 
     fn read(
         model: &ModelFixture,
-        semantics: Semantics,
+        declared: &Capabilities,
         options: &CreateOptions,
         deviation: Arc<dyn Deviation>,
     ) -> Result<Self> {
         static NEXT_MODEL: AtomicU64 = AtomicU64::new(1);
         let path = || model.dir().display().to_string();
-        let options = &deviation.options(options)?;
+        let options = &deviation.options(options, declared)?;
         if options.threads == Some(0) {
             let (parameter, valid_range) = ("threads".to_string(), "1 or more".to_string());
             return Err(ConfigurationError::InvalidParameter { parameter, value: "0".to_string(), valid_range }.into());
@@ -96,15 +96,23 @@ impl Naive {
             config.validate()?;
         }
         deviation.config(&mut config);
-        let tokenizer = match weights.facts.has_tokenizer {
+        let tokenizer = match weights.facts.has_tokenizer && declared.tokenizer {
             true => Some(tokenizers::Tokenizer::from_file(model.dir().join("tokenizer.json")).map_err(|e| {
                 ModelError::LoadingFailed { path: format!("{}/tokenizer.json", path()), reason: e.to_string() }
             })?),
             false => None,
         };
         let owner = CacheOwner { backend: "naive".to_string(), model: NEXT_MODEL.fetch_add(1, Ordering::Relaxed) };
+        let owner = deviation.owner(owner, &weights);
         let (device, peak) = (deviation.device(), weights.bytes());
-        let shared = Arc::new(Shared { weights, tokenizer, deviation, semantics, options: options.clone(), owner });
+        let shared = Arc::new(Shared {
+            weights,
+            tokenizer,
+            deviation,
+            declared: declared.clone(),
+            options: options.clone(),
+            owner,
+        });
         Ok(Self { shared, config, device, serial: 0, peak, last_prompt: None })
     }
 
@@ -125,7 +133,10 @@ impl Naive {
     }
 
     /// The rows of an input tensor, every id checked.
-    fn rows(&self, ids: &Tensor) -> Result<Vec<Vec<u32>>> {
+    ///
+    /// # Errors
+    /// What `forward` says of an input that is none.
+    pub fn rows(&self, ids: &Tensor) -> Result<Vec<Vec<u32>>> {
         let validator = self.validator();
         validator.validate_input_tensor(ids, &[0, 0])?;
         if ids.elem_count() == 0 {
@@ -156,6 +167,10 @@ impl Naive {
         let shared = self.shared.clone();
         let rows = self.rows(ids)?;
         let (batch, seq) = (rows.len(), rows[0].len());
+        if batch > 1 && !shared.deviation.takes_batches(&shared.declared) {
+            let reason = format!("one sequence at a time, and {batch} were given");
+            return Err(ForwardPassError::InvalidInput { reason }.into());
+        }
         let start = cache.as_ref().map_or(0, |c| c.len());
         if let Some(cache) = cache.as_deref() {
             cache.check_room(seq)?;
@@ -167,6 +182,7 @@ impl Naive {
         let layers = shared.weights.layers.len();
         let fresh = || NaiveCache { sequences: vec![Sequence::new(layers); batch], ..NaiveCache::default() };
         let cached = cache.is_some();
+        let capacity = cache.as_ref().map_or(seq, |c| c.capacity()).min(self.config.max_position_embeddings);
         let mut local = fresh();
         let held = match cache.as_deref_mut() {
             None => &mut local,
@@ -193,10 +209,19 @@ impl Naive {
             options: shared.options.clone(),
         };
         self.serial += 1;
-        let pass =
-            Pass { weights: &shared.weights, deviation: &*shared.deviation, semantics: shared.semantics, call: &call };
+        let clock = Clock::default();
+        let pass = Pass {
+            weights: &shared.weights,
+            deviation: &*shared.deviation,
+            semantics: shared.declared.semantics,
+            call: &call,
+            clock: &clock,
+        };
+        let width = shared.weights.facts.kv_heads * shared.weights.facts.head_dim;
+        for sequence in &mut held.sequences {
+            shared.deviation.make_room(sequence, width, seq, capacity);
+        }
         let mut made: Vec<Rows> = Vec::with_capacity(batch);
-        let computing = Instant::now();
         for (index, (sequence, tokens)) in held.sequences.iter_mut().zip(&rows).enumerate() {
             match pass.run(sequence, index, tokens, shared.options.output_attentions) {
                 Ok(rows) => made.push(rows),
@@ -206,12 +231,11 @@ impl Naive {
                 }
             }
         }
-        let computed = computing.elapsed();
         let cache_bytes: usize = held.sequences.iter().map(Sequence::bytes).sum();
         if let Some(cache) = cache {
             cache.advance(seq)?;
         }
-        self.output(&call, made, cache_bytes, begin, computed)
+        self.output(&call, made, cache_bytes, begin, &clock)
     }
 
     fn output(
@@ -220,7 +244,7 @@ impl Naive {
         made: Vec<Rows>,
         cache_bytes: usize,
         begin: Instant,
-        computed: std::time::Duration,
+        clock: &Clock,
     ) -> Result<InferenceOutput> {
         let shared = self.shared.clone();
         let (batch, seq, facts) = (call.batch, call.seq, &shared.weights.facts);
@@ -244,8 +268,9 @@ impl Naive {
         let total_time = begin.elapsed();
         let mut metrics = ForwardPassMetrics {
             total_time,
-            attention_time: computed / 2,
-            feedforward_time: computed / 2,
+            attention_time: clock.attention.get(),
+            feedforward_time: clock.feed_forward.get(),
+            logits_time: clock.logits.get(),
             peak_memory_usage: memory_usage.peak_usage,
             cache_memory_usage: cache_bytes,
             flops_estimate: 2 * weights_met(&shared.weights) * (batch * seq) as u64,
@@ -269,8 +294,14 @@ impl Naive {
             tokens: tokens.to_vec(),
             options: shared.options.clone(),
         };
-        let pass =
-            Pass { weights: &shared.weights, deviation: &*shared.deviation, semantics: shared.semantics, call: &call };
+        let clock = Clock::default();
+        let pass = Pass {
+            weights: &shared.weights,
+            deviation: &*shared.deviation,
+            semantics: shared.declared.semantics,
+            call: &call,
+            clock: &clock,
+        };
         let rows = pass.run(sequence, 0, tokens, false)?;
         self.peak = self.peak.max(shared.weights.bytes() + sequence.bytes() + 4 * rows.logits.len());
         let width = logits_width(std::slice::from_ref(&rows), tokens.len());

@@ -5,6 +5,8 @@ use super::deviation::{At, Call, Deviation, Site};
 use super::weights::{Ternary, Weights};
 use crate::backend::Semantics;
 use bitnet_contracts::{ForwardPassError, InferenceError, Result};
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 
 /// A pass over the tokens of one sequence.
 pub struct Pass<'a> {
@@ -16,6 +18,23 @@ pub struct Pass<'a> {
     pub semantics: Semantics,
     /// The call that this pass belongs to.
     pub call: &'a Call,
+    /// Where its time went.
+    pub clock: &'a Clock,
+}
+
+/// Time by component.
+#[derive(Debug, Default)]
+pub struct Clock {
+    /// Attention with its norms and projections.
+    pub attention: Cell<Duration>,
+    /// Feed-forward with its norms and projections.
+    pub feed_forward: Cell<Duration>,
+    /// The head.
+    pub logits: Cell<Duration>,
+}
+
+fn add(counter: &Cell<Duration>, since: Instant) {
+    counter.set(counter.get() + since.elapsed());
 }
 
 /// What a pass over some tokens gives.
@@ -64,7 +83,9 @@ impl Pass<'_> {
             };
             let at =
                 At { call: self.call, layer: layers, site: Site::Head, sequence: index, position: sequence.len - 1 };
+            let begin = Instant::now();
             let mut logits = self.deviation.head(&at, self.weights, &hidden);
+            add(&self.clock.logits, begin);
             self.deviation.logits(&at, token, &mut logits);
             if self.deviation.checks_output() && logits.iter().any(|x| !x.is_finite()) {
                 sequence.truncate(before);
@@ -91,6 +112,7 @@ impl Pass<'_> {
         let at = |layer, site| At { call: self.call, layer, site, sequence: index, position };
         let mut x = d.embed(&at(0, Site::Embedding), w, token);
         for (i, layer) in w.layers.iter().enumerate() {
+            let begin = Instant::now();
             let n = d.norm(&at(i, Site::InputNorm), &x, &layer.input_norm, facts.rms_eps);
             let [mut q, mut k, mut v] =
                 self.project(&at, i, &n, [(Site::Q, &layer.q), (Site::K, &layer.k), (Site::V, &layer.v)])?;
@@ -110,12 +132,15 @@ impl Pass<'_> {
             let n = d.norm(&at(i, Site::AttentionSubNorm), &attended, &layer.attn_sub_norm, facts.rms_eps);
             let [o] = self.project(&at, i, &n, [(Site::O, &layer.o)])?;
             d.residual(&at(i, Site::O), &mut x, &o);
+            add(&self.clock.attention, begin);
+            let begin = Instant::now();
             let n = d.norm(&at(i, Site::PostAttentionNorm), &x, &layer.post_attention_norm, facts.rms_eps);
             let [gate, up] = self.project(&at, i, &n, [(Site::Gate, &layer.gate), (Site::Up, &layer.up)])?;
             let inner: Vec<f32> = gate.iter().zip(&up).map(|(&g, &u)| d.gated(g, u)).collect();
             let n = d.norm(&at(i, Site::FfnSubNorm), &inner, &layer.ffn_sub_norm, facts.rms_eps);
             let [down] = self.project(&at, i, &n, [(Site::Down, &layer.down)])?;
             d.residual(&at(i, Site::Down), &mut x, &down);
+            add(&self.clock.feed_forward, begin);
         }
         sequence.len = position + 1;
         Ok(d.norm(&at(w.layers.len(), Site::FinalNorm), &x, &w.final_norm, facts.rms_eps))

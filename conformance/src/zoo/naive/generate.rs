@@ -2,10 +2,9 @@
 
 use super::cache::Sequence;
 use super::engine::{Evaluated, Naive};
-use super::sampler::{SplitMix, next_token};
+use super::sampler::{SplitMix, Step, next_token};
 use bitnet_contracts::{
     ConfigurationError, FinishReason, GenerationConfig, GenerationResult, GenerationTiming, InputValidator, Result,
-    TokenizationError,
 };
 use std::time::{Duration, Instant};
 
@@ -29,9 +28,8 @@ impl Naive {
             let (parameter, valid_range) = ("max_new_tokens".to_string(), "1 to usize::MAX".to_string());
             return Err(ConfigurationError::InvalidParameter { parameter, value: "0".to_string(), valid_range }.into());
         }
-        if !config.stop_sequences.is_empty() && shared.tokenizer.is_none() {
-            let reason = "stop_sequences are text and the model has none".to_string();
-            return Err(TokenizationError::MissingTokenizer { reason }.into());
+        if !config.stop_sequences.is_empty() && shared.tokenizer.is_none() && !d.ignores_stop_texts() {
+            return Err(super::deviation::lacking("stop texts"));
         }
         validator.validate_token_sequence(prompt, self.config.vocab_size)?;
 
@@ -58,7 +56,10 @@ impl Naive {
                 timing.prefill = start.elapsed();
             }
             let forbidden = d.forbidden(made, prompt.len(), config, &eos);
-            let token = next_token(d, config, &mut rng, &logits, &tokens, prompt.len(), &forbidden);
+            let (rng, prompt_len) = (&mut rng, prompt.len());
+            let mut step =
+                Step { config, rng, logits: &logits, sequence: &tokens, prompt: prompt_len, forbidden: &forbidden };
+            let token = next_token(d, &mut step);
             if let Some(reason) = d.ends(token, made, config, &eos) {
                 break reason;
             }
@@ -113,7 +114,8 @@ impl Naive {
             *sequence = known.sequence.clone();
             return Ok(known.logits.clone());
         }
-        let unread = &tokens[sequence.len..];
+        let from = if made > 0 && !config.use_cache { d.recomputes_from(tokens.len() - made) } else { sequence.len };
+        let unread = &tokens[from..];
         let piece = d.prefill_piece(config, unread.len());
         let mut logits = Vec::new();
         for chunk in unread.chunks(piece) {

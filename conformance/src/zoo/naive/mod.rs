@@ -8,12 +8,12 @@ mod deviation;
 mod engine;
 mod forward;
 mod generate;
-mod sampler;
+pub mod sampler;
 mod weights;
 
 pub use cache::{NaiveCache, Sequence};
 pub use deviation::{At, Call, Deviation, Honest, Site};
 pub use engine::{Evaluated, Naive};
 pub use forward::Pass;
-pub use sampler::SplitMix;
+pub use sampler::{SplitMix, Step};
 pub use weights::{LayerWeights, Ternary, Weights};

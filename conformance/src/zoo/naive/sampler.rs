@@ -18,28 +18,39 @@ impl SplitMix {
     }
 }
 
-/// The next token after `sequence`, of which the first `prompt` are the prompt. `forbidden` never comes.
-pub fn next_token(
-    deviation: &dyn Deviation,
-    config: &GenerationConfig,
-    rng: &mut SplitMix,
-    logits: &[f32],
-    sequence: &[u32],
-    prompt: usize,
-    forbidden: &[u32],
-) -> u32 {
-    let mut scores: Vec<f64> = logits.iter().map(|&l| f64::from(l)).collect();
-    deviation.penalise(&mut scores, sequence, prompt, config);
-    for &token in forbidden {
+/// What one token is chosen from.
+pub struct Step<'a> {
+    /// How.
+    pub config: &'a GenerationConfig,
+    /// The generation's own random numbers.
+    pub rng: &'a mut SplitMix,
+    /// The logits after the last token.
+    pub logits: &'a [f32],
+    /// Prompt and generated tokens.
+    pub sequence: &'a [u32],
+    /// How many of them are the prompt.
+    pub prompt: usize,
+    /// Tokens that may not come.
+    pub forbidden: &'a [u32],
+}
+
+/// The next token, by a deviation's answers.
+pub fn next_token(deviation: &dyn Deviation, step: &mut Step<'_>) -> u32 {
+    if let Some(token) = deviation.choose(step) {
+        return token;
+    }
+    let mut scores: Vec<f64> = step.logits.iter().map(|&l| f64::from(l)).collect();
+    deviation.penalise(&mut scores, step.sequence, step.prompt, step.config);
+    for &token in step.forbidden {
         if let Some(score) = scores.get_mut(token as usize) {
             *score = f64::NEG_INFINITY;
         }
     }
-    if deviation.is_greedy(config) {
-        return deviation.argmax(&scores, prompt, sequence);
+    if deviation.is_greedy(step.config) {
+        return deviation.argmax(&scores, step.prompt, step.sequence);
     }
-    let kept = deviation.candidates(&scores, config);
-    deviation.draw(&kept, rng, sequence.len() - prompt)
+    let kept = deviation.candidates(&scores, step.config);
+    deviation.draw(&kept, step.rng, step.sequence.len() - step.prompt)
 }
 
 /// The honest penalties: over prompt and generated tokens, repetition, then frequency, then presence.

@@ -1,5 +1,10 @@
 //! Engines that are right in another way. The suite must pass every one: a false alarm is a defect like any other.
 
+mod arithmetic;
+mod errors;
+mod sampling;
+mod state;
+
 use super::HonestVariant;
 use super::naive::Honest;
 use crate::backend::Semantics;
@@ -7,7 +12,7 @@ use std::sync::Arc;
 
 /// All of them.
 pub fn all() -> Vec<HonestVariant> {
-    vec![
+    let plain = [
         HonestVariant {
             name: "plain",
             what: "the naive engine as it is",
@@ -22,5 +27,7 @@ pub fn all() -> Vec<HonestVariant> {
             semantics: Semantics::Fp32,
             make: || Arc::new(Honest),
         },
-    ]
+    ];
+    let themes = [arithmetic::VARIANTS, state::VARIANTS, sampling::VARIANTS, errors::VARIANTS];
+    plain.iter().chain(themes.into_iter().flatten()).cloned().collect()
 }

@@ -1,0 +1,168 @@
+//! What the golden oracle says of a model that a check made for itself, and how near to it a backend must come.
+//!
+//! In `w1.58a8` semantics two right evaluations differ wherever an activation lies so near a rounding tie that float
+//! noise decides its code. The oracle says how near: where no activation of a prompt is, every logit is known to a few
+//! units in the last place, and a backend in float32 arithmetic is held to that. So prompts are chosen for it.
+
+use super::edit::Model;
+use super::stats::Rows;
+use super::support::{prompt, reach};
+use crate::backend::{Noise, Semantics};
+use crate::case::{Context, Stop};
+use crate::model::{ModelFacts, ModelFixture};
+use crate::tolerance;
+use bitnet_contracts::{BitNetInference, InferenceError};
+use fixtures::{Eos, GAUSSIAN_ZEROS, Layout, LinearClass, NormStyle, Preset, RopeSpelling, Spec, Storage};
+use golden::oracle::Oracle;
+use std::fmt::Display;
+use std::path::Path;
+
+/// A small model that a check starts from: two layers, grouped heads, its own head, f32, every size a multiple of 16.
+pub(super) const SMALL: Spec = Spec {
+    hidden: 32,
+    ffn: 48,
+    layers: 2,
+    heads: 4,
+    kv_heads: 2,
+    vocab: 64,
+    context: 16,
+    tied: false,
+    rope_theta: 10_000.0,
+    rope: RopeSpelling::Theta,
+    eps: 1e-5,
+    storage: Storage::F32,
+    layout: Layout::Packed(LinearClass::AutoBitLinear),
+    norms: NormStyle::Plain,
+    zeros: GAUSSIAN_ZEROS,
+    bos: 1,
+    eos: Eos::One(2),
+    shards: 1,
+};
+
+/// The seed of the models that checks make.
+const SEED: u64 = 3;
+
+/// Prompts among which the clearest of ties is looked for.
+const CANDIDATES: u64 = 40;
+
+/// A model of this specification, in memory.
+pub(super) fn synthetic(ctx: &Context<'_>, name: &str, spec: &Spec) -> Result<Model, Stop> {
+    let dir = ctx.scratch().join(format!("{name}-drawn"));
+    let preset = Preset { name: "drawn", doc: "", spec: spec.clone() };
+    fixtures::synthesize(&preset, SEED, &dir, &mut |_| ())
+        .map_err(|e| Stop::Inconclusive(format!("model {name}: {e}")))?;
+    Model::read(&dir)
+}
+
+/// A model on disk as a check made it, and what the oracle makes of it.
+pub(super) struct Subject {
+    /// The folder as a fixture.
+    pub fixture: ModelFixture,
+    oracle: Oracle,
+    semantics: Semantics,
+}
+
+/// Logits as they should be.
+pub(super) struct Truth {
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// `[position × vocab]`.
+    pub logits: Vec<f32>,
+    /// Whether float noise can move no activation to another code.
+    pub clear: bool,
+    vocab: usize,
+}
+
+impl Subject {
+    /// Writes a model into a folder of the case's own.
+    pub(super) fn write(ctx: &Context<'_>, name: &str, model: &Model) -> Result<Self, Stop> {
+        let dir = ctx.scratch().join(name);
+        model.write(&dir)?;
+        Self::open(ctx, name, &dir)
+    }
+
+    /// Takes a folder as it is.
+    pub(super) fn open(ctx: &Context<'_>, name: &str, dir: &Path) -> Result<Self, Stop> {
+        let oracle = Oracle::load(dir).map_err(|e| Stop::Inconclusive(format!("model {name}: {e}")))?;
+        let fixture = ModelFixture::open(name, dir)?;
+        Ok(Self { fixture, oracle, semantics: ctx.capabilities().semantics })
+    }
+
+    /// What the model's `config.json` says.
+    pub(super) fn facts(&self) -> &ModelFacts {
+        &self.fixture.config
+    }
+
+    /// A fresh engine of the backend under test.
+    pub(super) fn engine(&self, ctx: &Context<'_>) -> Result<Box<dyn BitNetInference>, Stop> {
+        let failed = |e: InferenceError| Stop::Unexpected(format!("model {}: create failed: {e}", self.fixture.name()));
+        ctx.factory().create(&self.fixture).map_err(failed)
+    }
+
+    /// The oracle's logits of a prompt.
+    pub(super) fn truth(&self, tokens: &[u32]) -> Result<Truth, Stop> {
+        let mut run = self.oracle.start(self.semantics.oracle());
+        let mut logits = Vec::with_capacity(tokens.len() * self.oracle.vocab());
+        for &token in tokens {
+            let row = run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
+            logits.extend(row.into_iter().map(|x| x as f32));
+        }
+        let clear = run.nearest_tie >= tolerance::CLEAR_OF_TIES;
+        Ok(Truth { tokens: tokens.to_vec(), logits, clear, vocab: self.oracle.vocab() })
+    }
+
+    /// The prompt of this length that is the clearest of ties, among some that depend on the salt.
+    pub(super) fn clear_prompt(&self, length: usize, salt: u64) -> Result<Truth, Stop> {
+        let mut best: Option<(f64, Vec<u32>)> = None;
+        for candidate in 0..CANDIDATES {
+            let tokens = prompt(self.facts(), length, (salt << 8) + candidate);
+            let mut run = self.oracle.start(self.semantics.oracle());
+            for &token in &tokens {
+                run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
+            }
+            if best.as_ref().is_none_or(|(tie, _)| run.nearest_tie > *tie) {
+                best = Some((run.nearest_tie, tokens));
+            }
+        }
+        self.truth(&best.map(|(_, tokens)| tokens).unwrap_or_default())
+    }
+
+    /// Attention probabilities of a sequence, layer after layer: `[position][head][position seen]`.
+    pub(super) fn attention(&self, tokens: &[u32]) -> Result<Vec<Vec<f64>>, Stop> {
+        let mut run = self.oracle.start(self.semantics.oracle());
+        run.attention = Some(Vec::new());
+        for &token in tokens {
+            run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
+        }
+        Ok(run.attention.unwrap_or_default())
+    }
+}
+
+/// Logits that reach less far than this are held to what is allowed at this reach.
+const SMALL_REACH: f64 = 10.0;
+
+/// Asserts that logits are the true ones, as far as the backend's semantics and noise let them be.
+#[track_caller]
+pub(super) fn check_truth(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], truth: &Truth) -> bool {
+    let (semantics, noise) = (ctx.capabilities().semantics, ctx.capabilities().noise);
+    let reach = reach(&truth.logits).max(SMALL_REACH);
+    match (semantics, noise, truth.clear) {
+        (Semantics::Fp32, Noise::F32, _) => {
+            ctx.check_close_within(what, seen, &truth.logits, reach, &tolerance::FP32_LOGIT)
+        }
+        (Semantics::W158A8, Noise::F32, true) => {
+            ctx.check_close_within(what, seen, &truth.logits, reach, &tolerance::CLEAR_ROW)
+        }
+        _ => {
+            if seen.len() != truth.logits.len() {
+                return ctx.check_eq(format!("{what}: values"), seen.len(), truth.logits.len());
+            }
+            let mut rows = Rows::default();
+            rows.add(seen, &truth.logits, truth.vocab);
+            ctx.compared(seen.len());
+            let (row, worst) = rows.worst_pearson();
+            let what = format!("{what}: 1 - correlation of the worst row (row {row}) with the oracle");
+            ctx.check_at_most(what, 1.0 - worst, tolerance::FP32_CORRELATION.limit())
+        }
+    }
+}

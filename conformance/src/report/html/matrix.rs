@@ -1,0 +1,127 @@
+//! The kill matrix: which check catches which fault.
+
+use crate::verdict::Verdict;
+use crate::zoo::proof::{FaultRow, HonestRow, Proof};
+use serde::Serialize;
+
+/// A proof as the page shows it.
+#[derive(Serialize)]
+pub(super) struct Matrix<'a> {
+    holds: bool,
+    faults: usize,
+    checks: usize,
+    honest_backends: usize,
+    groups: Vec<(&'a str, usize)>,
+    columns: Vec<Column<'a>>,
+    classes: Vec<Class<'a>>,
+    survivors: Vec<&'a str>,
+    missed: Vec<(&'a str, &'a str)>,
+    idle: Vec<&'a str>,
+    without_own: Vec<&'a str>,
+    honest: &'a [HonestRow],
+    alarms: usize,
+}
+
+/// A check.
+#[derive(Serialize)]
+struct Column<'a> {
+    name: &'a str,
+    what: &'a str,
+    first: bool,
+    kills: usize,
+    own: Vec<&'a str>,
+}
+
+/// Faults of one class.
+#[derive(Serialize)]
+struct Class<'a> {
+    name: &'a str,
+    rows: Vec<Row<'a>>,
+}
+
+/// A fault.
+#[derive(Serialize)]
+struct Row<'a> {
+    name: &'a str,
+    what: &'a str,
+    source: &'a str,
+    killer: &'a str,
+    kills: usize,
+    cells: Vec<Cell>,
+}
+
+/// A fault under a check.
+#[derive(Serialize)]
+struct Cell {
+    /// `kill`, `only` for the one kill of a fault, either with `named` for the check that is there for it; `missed` where
+    /// that check did not see it; empty for nothing.
+    class: String,
+    words: &'static str,
+}
+
+pub(super) fn matrix(proof: &Proof) -> Matrix<'_> {
+    let category = |check: &'_ str| check.split_once('/').map_or(check.len(), |(category, _)| category.len());
+    let mut groups: Vec<(&str, usize)> = Vec::new();
+    let mut columns = Vec::new();
+    for check in &proof.checks {
+        let of = &check[..category(check)];
+        let first = groups.last().is_none_or(|(name, _)| *name != of);
+        match groups.last_mut() {
+            Some((_, count)) if !first => *count += 1,
+            _ => groups.push((of, 1)),
+        }
+        columns.push(Column {
+            name: check,
+            what: check.split_once('/').map_or(check.as_str(), |(_, what)| what),
+            first,
+            kills: proof.faults.iter().filter(|f| f.kills.contains_key(check)).count(),
+            own: proof.own_kills(check).iter().map(|f| f.name.as_str()).collect(),
+        });
+    }
+    let mut classes: Vec<Class<'_>> = Vec::new();
+    for fault in &proof.faults {
+        let row = row(fault, &proof.checks);
+        match classes.iter_mut().find(|class| class.name == fault.class) {
+            Some(class) => class.rows.push(row),
+            None => classes.push(Class { name: &fault.class, rows: vec![row] }),
+        }
+    }
+    Matrix {
+        holds: proof.holds(),
+        faults: proof.faults.len(),
+        checks: proof.checks.len(),
+        honest_backends: proof.honest.len(),
+        groups,
+        columns,
+        classes,
+        survivors: proof.survivors().iter().map(|f| f.name.as_str()).collect(),
+        missed: proof.missed_by_their_killer().iter().map(|f| (f.name.as_str(), f.killer.as_str())).collect(),
+        idle: proof.idle_checks(),
+        without_own: proof.without_own_kill(),
+        honest: &proof.honest,
+        alarms: proof.false_alarms().iter().map(|row| row.alarms.len()).sum(),
+    }
+}
+
+fn row<'a>(fault: &'a FaultRow, checks: &[String]) -> Row<'a> {
+    let cell = |check: &String| {
+        let named = *check == fault.killer;
+        let class = match (fault.kills.contains_key(check), named) {
+            (true, _) => {
+                let kind = if fault.kills.len() == 1 { "only" } else { "kill" };
+                if named { format!("{kind} named") } else { kind.to_string() }
+            }
+            (false, true) => "missed".to_string(),
+            (false, false) => String::new(),
+        };
+        Cell { class, words: fault.kills.get(check).map_or("not seen", |verdict| Verdict::words(*verdict)) }
+    };
+    Row {
+        name: &fault.name,
+        what: &fault.what,
+        source: &fault.source,
+        killer: &fault.killer,
+        kills: fault.kills.len(),
+        cells: checks.iter().map(cell).collect(),
+    }
+}

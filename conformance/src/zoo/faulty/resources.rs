@@ -1,0 +1,132 @@
+//! Faults of memory: figures that are not true, and what is left behind.
+
+use super::super::Fault;
+use super::super::naive::{Deviation, Naive};
+use bitnet_contracts::{
+    BitNetInference, GenerationConfig, GenerationResult, InferenceOutput, KVCache, MemoryUsage, Result, Tensor,
+};
+use std::sync::Arc;
+
+pub(super) const FAULTS: &[Fault] = &[
+    memory("peak-below-current", "the peak is less than what is held", "memory/figures_fit_together", |u| {
+        u.peak_usage = u.current_usage / 2;
+    }),
+    memory("weights-not-counted", "model_weights is a quarter of the weights", "memory/figures_fit_together", |u| {
+        u.model_weights /= 4;
+    }),
+    memory("usage-zero", "memory_usage() is zero", "memory/figures_fit_together", |u| *u = MemoryUsage::default()),
+    memory("usage-inflated", "ten megabytes are claimed that nobody holds", "memory/resident", |u| {
+        for bytes in [&mut u.model_weights, &mut u.current_usage, &mut u.peak_usage] {
+            *bytes += 10 << 20;
+        }
+    }),
+    Fault::with(
+        "cache-not-reported",
+        "the metrics of a pass never count the cache",
+        "MEM-2",
+        "memory/cache_growth",
+        super::super::Build::Metrics(|m, _| m.cache_memory_usage = 0),
+    ),
+    memory("cache-constant", "the cache is always two thousand bytes", "memory/cache_growth", |u| u.kv_cache = 2000),
+    Fault::new(
+        "leak-per-token",
+        "every forward call leaves a row of logits behind",
+        "llama.cpp #25953, ollama #18106",
+        "memory/nothing_left_by_calls",
+        || Arc::new(LeakPerCall),
+    ),
+    Fault::new(
+        "leak-per-refusal",
+        "a refused call leaves its buffers behind",
+        "llama.cpp #27725",
+        "memory/nothing_left_by_calls",
+        || Arc::new(LeakPerRefusal),
+    ),
+    Fault::new(
+        "leak-per-generation",
+        "every generation leaves its sequence behind",
+        "llama.cpp #25953",
+        "memory/nothing_left_by_calls",
+        || Arc::new(LeakPerGeneration),
+    ),
+    Fault::new(
+        "leak-per-engine",
+        "a dropped engine leaves its weights behind",
+        "llama.cpp #27725",
+        "memory/nothing_left_by_engines",
+        || Arc::new(LeakPerEngine(vec![7; 200_000])),
+    ),
+    Fault::new(
+        "leak-per-copy",
+        "a dropped thread-local copy leaves its session behind",
+        "llama.cpp #27725",
+        "memory/nothing_left_by_copies",
+        || Arc::new(LeakPerCopy),
+    ),
+];
+
+/// A lie in the memory figures.
+const fn memory(name: &'static str, what: &'static str, killer: &'static str, change: fn(&mut MemoryUsage)) -> Fault {
+    Fault::with(name, what, "MEM-1 to MEM-3: figures that are constants", killer, super::super::Build::Memory(change))
+}
+
+/// Bytes that nobody will ever free.
+fn leak(bytes: usize) {
+    std::mem::forget(std::hint::black_box(vec![1u8; bytes]));
+}
+
+struct LeakPerCall;
+
+impl Deviation for LeakPerCall {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        leak(4 * engine.config.vocab_size);
+        engine.honest_forward(ids, cache)
+    }
+}
+
+struct LeakPerRefusal;
+
+impl Deviation for LeakPerRefusal {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        let result = engine.honest_forward(ids, cache);
+        if result.is_err() {
+            leak(1500);
+        }
+        result
+    }
+}
+
+struct LeakPerGeneration;
+
+impl Deviation for LeakPerGeneration {
+    fn generate(
+        &self,
+        engine: &mut Naive,
+        prompt: &[u32],
+        max_tokens: usize,
+        config: &GenerationConfig,
+    ) -> Result<GenerationResult> {
+        leak(600);
+        engine.honest_generate(prompt, max_tokens, config)
+    }
+}
+
+/// Holds a ballast that goes the way of the engine, and does not.
+struct LeakPerEngine(Vec<u8>);
+
+impl Deviation for LeakPerEngine {}
+
+impl Drop for LeakPerEngine {
+    fn drop(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.0));
+    }
+}
+
+struct LeakPerCopy;
+
+impl Deviation for LeakPerCopy {
+    fn thread_local_copy(&self, engine: &Naive) -> Result<Box<dyn BitNetInference>> {
+        leak(1200);
+        Ok(Box::new(engine.copy()))
+    }
+}
