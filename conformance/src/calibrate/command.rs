@@ -1,6 +1,7 @@
 //! The command: what it runs, what it prints, what it writes.
 
 use super::{Evidence, Subject, backend, measure, regressions, rewrite};
+use crate::case::Check;
 use crate::run::Runner;
 use crate::suite::{Case, Suite};
 use crate::tolerance::{self, ALL, Entry, Rule, Table};
@@ -25,6 +26,9 @@ pub(crate) struct CalibrateArgs {
     /// Measure the honest backends and the faults that the table names, and fail where its evidence no longer holds.
     #[arg(long)]
     check: bool,
+    /// Measure the tolerances of the clock and of memory as well: run the checks that must run alone.
+    #[arg(long)]
+    clock: bool,
     /// The table.
     #[arg(long, value_name = "FILE", default_value = "conformance/tolerances.toml")]
     file: PathBuf,
@@ -65,7 +69,8 @@ pub(crate) fn calibrate(
             bar.inc(1);
         })
     };
-    let (honest, faulty) = measure(&subjects, suite.checks(), suite.models(), &run);
+    let checks: Vec<Check> = suite.checks().iter().filter(|c| args.clock || !c.exclusive).cloned().collect();
+    let (honest, faulty) = measure(&subjects, &checks, suite.models(), &run);
     bar.finish_and_clear();
     let measured: Vec<(&str, Evidence)> = ALL.iter().map(|t| (t.name(), Evidence::of(t, &honest, &faulty))).collect();
     println!("{}", render(&table, &measured));
