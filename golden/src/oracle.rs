@@ -446,6 +446,28 @@ mod tests {
     }
 
     #[test]
+    fn a_run_knows_its_nearest_tie_and_its_attention() {
+        assert_eq!(tie_distance(2.5 / 127.0, 127.0), 0.0);
+        assert!((tie_distance(-2.25 / 127.0, 127.0) - 0.25).abs() < 1e-5);
+        let fixture = fixtures::preset("context-32", 1).expect("a preset");
+        let oracle = Oracle::from_bytes(fixture.config_json(), fixture.weights()).expect("a checkpoint");
+        let mut run = oracle.start(Semantics::W158A8);
+        run.attention = Some(Vec::new());
+        let mut nearest = f64::INFINITY;
+        for token in [3, 4, 5] {
+            run.step(token).expect("a token");
+            assert!(run.nearest_tie <= nearest && run.nearest_tie < 0.5, "{}", run.nearest_tie);
+            nearest = run.nearest_tie;
+        }
+        for layer in run.attention.expect("it was asked for") {
+            // Of three positions, each of four heads has weights on one, two and three, which sum to one.
+            assert_eq!(layer.len(), 4 * (1 + 2 + 3));
+            let last = &layer[4 * (1 + 2)..];
+            assert!(last.chunks(3).all(|weights| (weights.iter().sum::<f64>() - 1.0).abs() < 1e-12));
+        }
+    }
+
+    #[test]
     fn the_factor_takes_two_roundings() {
         // A magnitude for which 127/a and (1/a)*127 are different floats.
         let a =

@@ -107,7 +107,7 @@ fn rounding_ties(ctx: &mut Context<'_>) -> CheckResult {
     let gains: Vec<f32> = (0..spec.hidden).map(|i| if i == 0 { 127.0 } else { [0.5, 2.5, 0.5, 4.5][i % 4] }).collect();
     model.tensor("model.layers.0.input_layernorm.weight")?.set_floats(&gains)?;
     let embedding = model.tensor("model.embed_tokens.weight")?;
-    let signs = |token: usize, i: usize| if token % 2 == 0 || (token % 4 == 1 && i == 0) { 1.0 } else { -1.0 };
+    let signs = |token: usize, i: usize| if token.is_multiple_of(2) || (token % 4 == 1 && i == 0) { 1.0 } else { -1.0 };
     let values: Vec<f32> = (0..spec.vocab * spec.hidden).map(|at| signs(at / spec.hidden, at % spec.hidden)).collect();
     embedding.set_floats(&values)?;
     set_trits(&mut model, "v_proj", |row, column| match (row % 4, column) {

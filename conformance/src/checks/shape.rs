@@ -123,10 +123,8 @@ fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine_with(&CreateOptions::default().with_attentions())?;
     let facts = ctx.facts().clone();
     let batch = if ctx.capabilities().batch { 2 } else { 1 };
-    let mut cache = KVCache::new(12);
+    let (mut cache, mut plain_cache) = (KVCache::new(12), KVCache::new(12));
     let mut plain = ctx.engine()?;
-    let mut plain_cache = KVCache::new(12);
-    let mut past = 0;
     let sequences: Vec<Vec<u32>> = (0..batch).map(|b| prompt(&facts, 9, 50 + b as u64)).collect();
     // The oracle's, sequence by sequence and layer by layer. A model of the caller's own may be too large for it.
     let truth = match ctx.model().weights_sha256 {
@@ -136,33 +134,32 @@ fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
         }
         None => Vec::new(),
     };
-    for seq in [5, 3, 1] {
-        let rows: Vec<Vec<u32>> = sequences.iter().map(|tokens| tokens[past..past + seq].to_vec()).collect();
+    // In three calls with a cache, and in one without.
+    for (past, total, cached) in [(0, 5, true), (5, 8, true), (8, 9, true), (0, 9, false)] {
+        let seq = total - past;
+        let rows: Vec<Vec<u32>> = sequences.iter().map(|tokens| tokens[past..total].to_vec()).collect();
         let input = ids(&rows, engine.device())?;
-        let output = engine.forward(&input, Some(&mut cache))?;
-        let total = past + seq;
+        let output = engine.forward(&input, cached.then_some(&mut cache))?;
         let Some(layers) = &output.attention_weights else {
             ctx.check(false, "attention weights when asked for", "None");
             return Ok(());
         };
         ctx.check_eq("attention weights: layers", layers.len(), facts.layers);
         for (layer, weights) in layers.iter().enumerate() {
-            let shape = [batch, facts.heads, seq, total];
-            if !ctx.check_eq(format!("shape of attention weights, layer {layer}"), weights.dims(), shape) {
+            let what = format!("attention weights of layer {layer}, positions {past}..{total}, cache {cached}");
+            if !ctx.check_eq(format!("shape of {what}"), weights.dims(), [batch, facts.heads, seq, total]) {
                 continue;
             }
             let values = weights.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-            check_attention(ctx, &format!("layer {layer}, {past} cached"), &values, seq, total);
-            let expected = expected_attention(&truth, layer, facts.heads, past, total);
+            check_attention(ctx, &what, &values, seq, total);
             if !truth.is_empty() {
-                let what = format!("attention weights of layer {layer}, {past} cached");
+                let expected = expected_attention(&truth, layer, facts.heads, past, total);
                 ctx.check_close_within(what, &values, &expected, 1.0, attention_tolerance(ctx));
             }
         }
         let logits = Logits::of(&output)?;
-        let without = forward(plain.as_mut(), &rows, Some(&mut plain_cache))?;
+        let without = forward(plain.as_mut(), &rows, cached.then_some(&mut plain_cache))?;
         same_logits(ctx, Axis::Chunking, "logits with and without attention output", &logits.data, &without.data);
-        past = total;
     }
     Ok(())
 }

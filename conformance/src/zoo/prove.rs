@@ -93,9 +93,9 @@ pub fn run(
 ) -> Proof {
     let all: Vec<Arc<Model>> = Model::built_in().into_iter().map(Arc::new).collect();
     let checks: Vec<Check> = crate::checks::all().into_iter().filter(|c| choice.takes_check(c.name)).collect();
-    let faults: Vec<Fault> = faulty::all().into_iter().filter(|f| choice.takes_backend(&f.factory().name())).collect();
+    let faults: Vec<Fault> = faulty::all().into_iter().filter(|f| choice.takes_backend(f.factory().name())).collect();
     let variants: Vec<HonestVariant> =
-        honest::all().into_iter().filter(|v| choice.takes_backend(&v.factory().name())).collect();
+        honest::all().into_iter().filter(|v| choice.takes_backend(v.factory().name())).collect();
     let mut proof = Proof {
         checks: names(choice),
         faults: faults.iter().map(fault_row).collect(),

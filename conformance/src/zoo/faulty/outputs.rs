@@ -140,6 +140,20 @@ pub(super) const FAULTS: &[Fault] = &[
             }))
         },
     ),
+    forward(
+        "attention-only-with-a-cache",
+        "attention weights are missing where the call has no cache",
+        "SPEC.md SHP-4",
+        "shape/attention_weights",
+        || {
+            Arc::new(Forward(|engine, ids, cache| {
+                let cached = cache.is_some();
+                let mut output = engine.honest_forward(ids, cache)?;
+                output.attention_weights = output.attention_weights.filter(|_| cached);
+                Ok(output)
+            }))
+        },
+    ),
     Fault::new(
         "hidden-states-without-gain",
         "hidden states are taken before the gain of the final norm",
