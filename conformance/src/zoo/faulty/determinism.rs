@@ -26,7 +26,7 @@ pub(super) const FAULTS: &[Fault] = &[
     ),
     Fault::new(
         "splits-by-capacity",
-        "attention of a chunk is split by the capacity of the cache, and rounds with it",
+        "a cache whose capacity is no multiple of 16 takes a path of its own for chunks, which rounds in another way",
         "vllm #5898, #7779; DET-1",
         "determinism/repeated_forward",
         || Arc::new(SplitsByCapacity::default()),
@@ -161,7 +161,7 @@ impl Deviation for SplitsByCapacity {
     }
 
     fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
-        let wide = cache.as_ref().is_some_and(|c| c.capacity() > 32);
+        let wide = cache.as_ref().is_some_and(|c| c.capacity() > 32 && !c.capacity().is_multiple_of(16));
         self.wide.store(wide && length(cache.as_deref()) > 0 && shape(ids).1 > 1, Ordering::Relaxed);
         engine.honest_forward(ids, cache)
     }
