@@ -176,6 +176,7 @@ pub(super) fn gate(ctx: &mut Context<'_>) -> CheckResult {
     sessions.totals.own_up(ctx, "total_time of the steps", "the caller's clock", tolerance::TIME_OWNED);
     let latency = percentile(&decision.walls(), 0.5);
     report_samples(ctx, "step_ms", &decision.walls());
+    ctx.samples(measure::TOKEN_LATENCY_MS, decision.walls());
     ctx.timing(measure::TOKEN_LATENCY_MS, latency);
     ctx.timing(measure::THROUGHPUT_TPS, 1e3 / latency);
     let growth = sessions.growth();
