@@ -339,21 +339,22 @@ fn alike(ctx: &Context<'_>) -> Vec<(&'static str, Vec<u32>)> {
 }
 
 fn lookalikes(ctx: &mut Context<'_>) -> CheckResult {
-    fn answers(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<(Vec<f32>, Vec<f32>, Vec<u32>), Stop> {
+    fn answers(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<([Vec<f32>; 2], Vec<u32>), Stop> {
         let cached = chunked(engine, tokens, &[tokens.len()], &mut KVCache::new(16))?;
-        Ok((logits_of(engine, tokens)?.data, cached, generate(engine, tokens, 5, &plain(69))?.generated_tokens))
+        let made = generate(engine, tokens, 5, &plain(69))?.generated_tokens;
+        Ok(([logits_of(engine, tokens)?.data, cached], made))
     }
     let mut engine = ctx.engine()?;
     let prompts = alike(ctx);
     let base = prompts[0].1.clone();
     for (what, tokens) in &prompts {
-        let (logits, cached, made) = answers(ctx.engine()?.as_mut(), tokens)?;
+        let ([logits, cached], made) = answers(ctx.engine()?.as_mut(), tokens)?;
         // The prompt comes before each of the others, which then follow something like themselves.
         answers(engine.as_mut(), &base)?;
-        let seen = answers(engine.as_mut(), tokens)?;
-        ctx.check_bits(format!("logits of {what}, after the prompt"), &seen.0, &logits);
-        ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen.1, &cached);
-        ctx.check_slices(format!("tokens from {what}, after the prompt"), &seen.2, &made);
+        let (seen, drawn) = answers(engine.as_mut(), tokens)?;
+        ctx.check_bits(format!("logits of {what}, after the prompt"), &seen[0], &logits);
+        ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen[1], &cached);
+        ctx.check_slices(format!("tokens from {what}, after the prompt"), &drawn, &made);
     }
     // The same prompt and seed with another configuration is another question as well.
     let others = [

@@ -52,7 +52,7 @@ pub(super) fn errors_change_nothing(ctx: &mut Context<'_>) -> CheckResult {
     let result = try_forward(engine.as_mut(), &[vec![tokens[0], tokens[1], vocab]], Some(&mut cache))?;
     ctx.expect_error("a bad id in the first call", result, is_invalid_token, "TokenizationError::InvalidToken");
     check_len(ctx, "after a bad id in the first call", &cache, 0);
-    let first = forward(engine.as_mut(), &[tokens.clone()], Some(&mut cache))?;
+    let first = forward(engine.as_mut(), std::slice::from_ref(&tokens), Some(&mut cache))?;
     same_logits(ctx, Axis::Chunking, "logits of the first call that is not refused", &first.data, &whole.data);
     if ctx.capabilities().batch {
         let rows = [tokens.clone(), prompt(ctx.facts(), 8, 59)];

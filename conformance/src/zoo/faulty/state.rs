@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(super) const FAULTS: &[Fault] = &[
     Fault::new(
         "goes-on-without-a-cache",
-        "a call without a cache goes on behind the session before it",
+        "a call without a cache goes on behind the session before it, where that is the longer one",
         "candle #2819; KV-2",
         "kv_cache/no_cache_no_memory",
         || Arc::new(GoesOn::default()),
@@ -155,7 +155,7 @@ struct GoesOn(LastSession);
 impl Deviation for GoesOn {
     fn forward(&self, engine: &mut Naive, ids: &Tensor, mut cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
         let before = if cache.is_none() { self.0.take(engine, ids) } else { None };
-        if let Some(before) = before {
+        if let Some(before) = before.filter(|before| before.iter().all(|s| s.len > shape(ids).1)) {
             return engine.forward_behind(before, ids);
         }
         let output = engine.honest_forward(ids, cache.as_deref_mut())?;

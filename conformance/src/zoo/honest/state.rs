@@ -152,10 +152,6 @@ impl Deviation for IdsOnly {
     ) -> Result<GenerationResult> {
         engine.honest_generate(prompt, max_tokens, &GenerationConfig { use_cache: false, ..config.clone() })
     }
-
-    fn reuses_prompt(&self) -> bool {
-        false
-    }
 }
 
 /// For so many positions in a cache of such a capacity, room for that many.
