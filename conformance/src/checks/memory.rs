@@ -28,7 +28,9 @@ pub(super) const CHECKS: &[Check] = &[
         "a cache holds what its positions need, and reports it",
         cache_growth,
     ),
-    Check::new("MEM-3", "memory/resident", MEMORY, "the figures match what the process holds", resident).fresh(),
+    Check::new("MEM-3", "memory/resident", MEMORY, "the figures match what the process holds", resident)
+        .fresh()
+        .within(180),
     Check::new(
         "MEM-4",
         "memory/nothing_left_by_calls",

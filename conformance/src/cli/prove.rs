@@ -53,6 +53,10 @@ pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Fa
             let proof = run(&runner, registry, &choice, jobs, &|done, total| {
                 bar.set_length(total as u64);
                 bar.set_position(done as u64);
+                // A pipeline shows no bar, and wants a sign of life.
+                if bar.is_hidden() && done.is_multiple_of(1000) {
+                    print(&format!("{done} of {total} tried, {:.0} s\n", begin.elapsed().as_secs_f64()));
+                }
             });
             bar.finish_and_clear();
             proof

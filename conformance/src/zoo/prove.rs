@@ -1,12 +1,14 @@
 //! Runs the suite over both zoos and records who was caught by what.
 //!
 //! A fault is tried on each check until it is caught there: model after model, each case up to its first failed assertion.
-//! Honest backends run everything on more models and are judged as any backend is.
+//! Checks of time and memory take seconds, so only faults of time and memory are tried on them. Honest backends run
+//! everything, the plainest ones on more models, and are judged as any backend is. Nothing runs alone: a check that
+//! needed an idle machine would blame busy ones.
 
 use super::proof::{FaultRow, HonestRow, Proof};
 use super::{Fault, HonestVariant, faulty, honest};
 use crate::backend::{BackendFactory, Registry};
-use crate::case::{Check, ModelSet};
+use crate::case::{Category, Check, ModelSet};
 use crate::checks::probes;
 use crate::model::Model;
 use crate::run::Runner;
@@ -64,14 +66,14 @@ enum Of {
 }
 
 /// The models that a check is tried on.
-fn models_for(check: &Check, extra: Option<&str>, honest: bool, all: &[Arc<Model>]) -> Vec<Arc<Model>> {
+fn models_for(check: &Check, extra: Option<&str>, more: bool, all: &[Arc<Model>]) -> Vec<Arc<Model>> {
     let named = |name: &str| all.iter().find(|m| m.name() == name).cloned();
     let mut names: Vec<&str> = match check.models {
         ModelSet::Only(name) => vec![name],
         _ => extra
             .into_iter()
             .chain([MAIN_MODEL])
-            .chain(if honest { &MORE_MODELS[..] } else { &[] }.iter().copied())
+            .chain(if more { &MORE_MODELS[..] } else { &[] }.iter().copied())
             .collect(),
     };
     names.dedup();
@@ -102,25 +104,29 @@ pub fn run(
         honest: variants.iter().map(honest_row).collect(),
     };
     let mut tasks = Vec::new();
-    let mut add = |factory: Arc<dyn BackendFactory>, of: Of, extra: Option<&str>, only: Option<&[_]>| {
-        for check in checks.iter().filter(|c| only.is_none_or(|o| o.contains(&c.category))) {
-            let models = models_for(check, extra, matches!(of, Of::Honest(_)), &all);
-            tasks.push(Task { backend: factory.clone(), check: check.clone(), models, of });
-        }
-    };
+    let mut add =
+        |factory: Arc<dyn BackendFactory>, of: Of, extra: Option<&str>, more: bool, only: &dyn Fn(Category) -> bool| {
+            for check in checks.iter().filter(|c| only(c.category)) {
+                let models = models_for(check, extra, more, &all);
+                tasks.push(Task { backend: factory.clone(), check: check.clone(), models, of });
+            }
+        };
     for (i, fault) in faults.iter().enumerate() {
         if let Ok(factory) = registry.get(&fault.factory().name) {
-            add(factory.clone(), Of::Fault(i), fault.model, fault.only);
+            let costly = ["times", "resources"].contains(&fault.class);
+            let only = |category| match fault.only {
+                Some(only) => only.contains(&category),
+                None => costly || !matches!(category, Category::Sla | Category::Memory),
+            };
+            add(factory.clone(), Of::Fault(i), fault.model, false, &only);
         }
     }
     for (i, variant) in variants.iter().enumerate() {
         if let Ok(factory) = registry.get(&variant.factory().name) {
-            add(factory.clone(), Of::Honest(i), None, None);
+            add(factory.clone(), Of::Honest(i), None, variant.name.starts_with("plain"), &|_| true);
         }
     }
-    // What must run alone comes last, one after another.
-    let (alone, beside): (Vec<Task>, Vec<Task>) = tasks.into_iter().partition(|t| t.check.exclusive);
-    let total = alone.len() + beside.len();
+    let total = tasks.len();
     let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let shared = Mutex::new(&mut proof);
     let one = |task: &Task| {
@@ -133,13 +139,12 @@ pub fn run(
     std::thread::scope(|scope| {
         for _ in 0..jobs.max(1) {
             scope.spawn(|| {
-                while let Some(task) = beside.get(next.fetch_add(1, Ordering::Relaxed)) {
+                while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
                     one(task);
                 }
             });
         }
     });
-    alone.iter().for_each(one);
     proof
 }
 
@@ -180,6 +185,7 @@ fn attempt(runner: &Runner, task: &Task) -> Found {
     let mut found = Found { name: probe.map_or(task.check.name, |probe| probe.name), cases: Vec::new() };
     for model in &task.models {
         let mut check = task.check.clone();
+        check.exclusive = false;
         check.deadline = Some(check.deadline.map_or(DEADLINE, |d| d.min(DEADLINE)));
         let id = check.case_id(task.backend.name(), model.name());
         let case = Case { id, backend: task.backend.clone(), model: model.clone(), check, lacks };

@@ -6,14 +6,11 @@ mod latency;
 mod noise;
 mod truth;
 
-use super::stats::Rows;
-use super::support::{logits_of, mix, prompt};
+use super::support::{mix, prompt};
 use crate::case::{Category, Check, CheckResult, Context, Stop};
-use crate::measure;
 use crate::tolerance;
-use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig, PerformanceContract, PerformanceMonitor};
+use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig};
 use decide::{Claim, Ruling, Sample, percentile};
-use golden::Derivation;
 use noise::Stopwatch;
 use std::time::Duration;
 
@@ -54,13 +51,6 @@ pub(super) const CHECKS: &[Check] = &[
     )
     .exclusive()
     .within(300),
-    Check::new(
-        "SLA-5",
-        "sla/accuracy",
-        SLA,
-        "the monitor's accuracy contract holds for the worst golden position",
-        accuracy,
-    ),
     Check::new(
         "SLA-6",
         "sla/time_per_output_token",
@@ -143,28 +133,5 @@ fn determinism_is_free(ctx: &mut Context<'_>) -> CheckResult {
         return Err(Stop::Inconclusive(format!("not decided: {what} {}: {}", claim.limit, decision.text())));
     }
     ctx.check(decision.ruling == Ruling::Holds, format!("{what} {}", claim.limit), decision.text());
-    Ok(())
-}
-
-fn accuracy(ctx: &mut Context<'_>) -> CheckResult {
-    if ctx.model().golden.is_none() {
-        return Err(Stop::Unsupported("golden data for this model".to_string()));
-    }
-    let golden = ctx.golden()?;
-    let mut engine = ctx.engine()?;
-    let mut rows = Rows::default();
-    for prompt in &golden.prompts {
-        for (row, tokens) in prompt.input_ids.iter().enumerate() {
-            let size = prompt.seq * prompt.vocab;
-            let expected = prompt.logits(golden::Semantics::Fp32, Derivation::Transformers);
-            let Some(expected) = expected.get(row * size..(row + 1) * size) else { continue };
-            rows.add(&logits_of(engine.as_mut(), tokens)?.data, expected, prompt.vocab);
-        }
-    }
-    ctx.compared(rows.len());
-    let (_, worst) = rows.worst_pearson();
-    let mut monitor = PerformanceMonitor::new(PerformanceContract::default());
-    ctx.check_ok(format!("validate_accuracy({worst:.6})"), monitor.validate_accuracy(worst as f32));
-    ctx.measure_min(measure::WORST_CORRELATION, worst);
     Ok(())
 }
