@@ -141,6 +141,16 @@ fn overflow(ctx: &mut Context<'_>) -> CheckResult {
     edited.write(&dir)?;
     refused_or_unstable(ctx, what, &dir, &tokens)?;
 
+    // The same without an infinity before: the hidden state is finite, and its products with the head are too large.
+    let what = "a head of 1e12 behind a final norm of 1e30";
+    let mut edited = model.clone();
+    edited.tensor("model.norm.weight")?.fill(1e30)?;
+    let values: Vec<f32> = edited.tensor(head)?.floats()?.iter().map(|v| v * 1e12).collect();
+    edited.tensor(head)?.set_floats(&values)?;
+    let dir = place(ctx, what);
+    edited.write(&dir)?;
+    refused_or_unstable(ctx, what, &dir, &tokens)?;
+
     // In the middle a later norm may bring them back, in wider arithmetic: then finite logits are right as well.
     let cases: [(&str, Vec<(&str, f32)>); 3] = [
         ("an input norm of 3e38", vec![(NORM, 3e38)]),

@@ -1,6 +1,6 @@
 //! Penalties: their signs, what they count, and their order.
 
-use super::sampling::{DRAWS, check, choice_margin, draw, hold, rate, start, warm};
+use super::sampling::{DRAWS, check, choice_margin, draw, hold, rate, warm};
 use super::support::{generate, logits_of, plain, prompt};
 use super::table::{Table, penalised, ranked};
 use crate::case::{Check, CheckResult, Context, Stop};
@@ -32,13 +32,32 @@ const LONG_MODEL: &str = "gqa4-tied-f16";
 /// More tokens than the windows that engines are known to look back by: 64.
 const FAR: usize = 70;
 
+/// Of the prompts that a function makes of a number, the one whose first token is likeliest to come next, so that what is
+/// done to that token shows in many draws; and the logits that follow it.
+fn likely_first(
+    engine: &mut dyn BitNetInference,
+    make: impl Fn(u64) -> Vec<u32>,
+) -> Result<(Vec<u32>, Vec<f32>), Stop> {
+    let mut best: Option<(f32, Vec<u32>, Vec<f32>)> = None;
+    for i in 0..16 {
+        let tokens = make(i);
+        let logits = logits_of(engine, &tokens)?.last(0).to_vec();
+        let lead = logits[tokens[0] as usize] - logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if best.as_ref().is_none_or(|(kept, ..)| lead > *kept) {
+            best = Some((lead, tokens, logits));
+        }
+    }
+    best.map(|(_, tokens, logits)| (tokens, logits)).ok_or_else(|| Stop::Inconclusive("no prompt".to_string()))
+}
+
 fn repetition_penalty(ctx: &mut Context<'_>) -> CheckResult {
-    for (penalty, salt) in [(3.0f32, 350), (0.4, 351)] {
-        let (mut engine, mut tokens, mut logits) = start(ctx, 20, salt)?;
-        // A likely token four times over: the penalty of a token is the same however often it was seen.
-        let top = super::stats::top_two(&logits).0 as u32;
-        tokens.splice(..4, [top; 4]);
-        logits = logits_of(engine.as_mut(), &tokens)?.last(0).to_vec();
+    let mut engine = ctx.engine()?;
+    for (penalty, salt) in [(3.0f32, 3500), (0.4, 3600)] {
+        // A token four times over: its penalty is the same however often it was seen.
+        let (tokens, logits) = likely_first(engine.as_mut(), |i| {
+            let words = prompt(ctx.facts(), 20, salt + i);
+            [&[words[0]; 3], words.as_slice()].concat()
+        })?;
         let base = GenerationConfig { repetition_penalty: penalty, ..plain(0) };
         let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.12), ..base };
         let table = Table::new(&logits, &tokens, &config);
@@ -78,19 +97,20 @@ fn follow(
     config: &GenerationConfig,
 ) -> Result<Vec<u32>, Stop> {
     let result = generate(engine, tokens, 12, config)?;
-    let mut sequence = tokens.to_vec();
+    let sequence = [tokens, &result.generated_tokens].concat();
+    let logits = logits_of(engine, &sequence)?;
     for (step, &token) in result.generated_tokens.iter().enumerate() {
-        let logits = logits_of(engine, &sequence)?;
-        let values = penalised(logits.last(0), &sequence, config);
+        let seen = tokens.len() + step;
+        let row = logits.row(0, seen - 1);
+        let values = penalised(row, &sequence[..seen], config);
         let order = ranked(&values);
         let margin = values[order[0] as usize] - values[order[1] as usize];
-        if margin < choice_margin(ctx, logits.last(0), values[order[0] as usize]) {
+        if margin < choice_margin(ctx, row, values[order[0] as usize]) {
             break;
         }
         if !ctx.check_eq(format!("{what}: token of step {step}"), token, order[0]) {
             break;
         }
-        sequence.push(token);
     }
     Ok(result.generated_tokens)
 }
@@ -155,10 +175,12 @@ fn far_back(ctx: &mut Context<'_>) -> CheckResult {
 
 fn frequency_and_presence(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let words = prompt(ctx.facts(), 6, 370);
     // The first word four times, the second twice, the others once.
-    let tokens = [words.as_slice(), &[words[0]; 3], &[words[1]], &words[5..]].concat();
-    let logits = logits_of(engine.as_mut(), &tokens)?.last(0).to_vec();
+    let (tokens, logits) = likely_first(engine.as_mut(), |i| {
+        let words = prompt(ctx.facts(), 6, 3700 + i);
+        [words.as_slice(), &[words[0]; 3], &[words[1]], &words[5..]].concat()
+    })?;
+    let words = &tokens[..6];
     let cases = [
         ("frequency_penalty 2", GenerationConfig { frequency_penalty: 2.0, ..plain(0) }),
         ("presence_penalty 3", GenerationConfig { presence_penalty: 3.0, ..plain(0) }),

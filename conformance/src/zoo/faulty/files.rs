@@ -26,8 +26,8 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(NanToZero),
     ),
     Fault::new(
-        "scale-infinite-accepted",
-        "an infinite weight scale is taken for the largest float",
+        "scale-infinite-is-one",
+        "a weight scale that is not finite counts as 1",
         "clause HST-1",
         "hostile/not_a_number",
         || Arc::new(InfiniteScale),
@@ -182,14 +182,14 @@ impl Deviation for NanToZero {
     }
 }
 
-/// An infinite scale becomes a finite one; all else is looked at.
+/// A scale that is not finite becomes 1; all else is looked at.
 struct InfiniteScale;
 
 impl Deviation for InfiniteScale {
     fn load(&self, model: &ModelFixture) -> Result<Weights> {
         let mut weights = Weights::load(model.dir(), model.name())?;
-        for scale in weights.layers.iter_mut().flat_map(|l| l.projections()).map(|t| &mut t.scale) {
-            *scale = scale.clamp(f32::MIN, f32::MAX);
+        for matrix in weights.layers.iter_mut().flat_map(|l| l.projections()).filter(|t| !t.scale.is_finite()) {
+            matrix.scale = 1.0;
         }
         Ok(weights)
     }

@@ -6,9 +6,6 @@ use bitnet_contracts::{FinishReason, GenerationConfig, GenerationResult, Result}
 use std::sync::Arc;
 use tokenizers::Tokenizer;
 
-/// The built-in model with a tokenizer.
-const WITH_TEXT: &str = "tiny";
-
 pub(super) const FAULTS: &[Fault] = &[
     Fault::new(
         "text-by-token",
@@ -16,20 +13,17 @@ pub(super) const FAULTS: &[Fault] = &[
         "llama-cpp-python #372; aprender PR #2019; ds4 PR #815",
         "generation/text",
         || Arc::new(Text(|tokenizer, tokens| tokens.iter().map(|&t| decode(tokenizer, &[t], true)).collect())),
-    )
-    .on(WITH_TEXT),
+    ),
     Fault::new("text-with-special", "special tokens stand in the text", "clause GEN-11", "generation/text", || {
         Arc::new(Text(|tokenizer, tokens| decode(tokenizer, tokens, false)))
-    })
-    .on(WITH_TEXT),
+    }),
     Fault::new(
         "text-trimmed",
         "white space at the ends of the text is cut off",
         "clause GEN-11",
         "generation/text",
         || Arc::new(Text(|tokenizer, tokens| decode(tokenizer, tokens, true).trim().to_string())),
-    )
-    .on(WITH_TEXT),
+    ),
     Fault::new(
         "text-of-prompt-too",
         "the text is that of prompt and generated tokens",
@@ -41,8 +35,7 @@ pub(super) const FAULTS: &[Fault] = &[
                 result.generated_text = tokenizer.map_or(String::new(), |t| decode(t, &whole, true));
             }))
         },
-    )
-    .on(WITH_TEXT),
+    ),
     Fault::new(
         "text-without-tokenizer",
         "without a tokenizer the ids stand for the text",
@@ -67,8 +60,7 @@ pub(super) const FAULTS: &[Fault] = &[
                 find(new, stops).map(|at| before.len() + at)
             }))
         },
-    )
-    .on(WITH_TEXT),
+    ),
     Fault::new(
         "stop-text-at-end-only",
         "a stop text is looked for at the end of the text only",
@@ -79,16 +71,14 @@ pub(super) const FAULTS: &[Fault] = &[
                 stops.iter().find(|stop| text.ends_with(stop.as_str())).map(|stop| text.len() - stop.len())
             }))
         },
-    )
-    .on(WITH_TEXT),
+    ),
     Fault::new(
         "stop-text-first-only",
         "only the first of several stop texts is honoured",
         "clause GEN-6",
         "generation/stop_sequence",
         || Arc::new(StopText(|text, _, stops| find(text, &stops[..1]))),
-    )
-    .on(WITH_TEXT),
+    ),
     Fault::new(
         "stop-text-seen-late",
         "a stop text is seen one token after it is complete",
@@ -96,8 +86,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "generation/stop_sequence",
         // Nothing longer than the whole text is cut off.
         || Arc::new(StopText(|text, before, stops| find(before, stops).map(|_| text.len()))),
-    )
-    .on(WITH_TEXT),
+    ),
     Fault::new(
         "stop-text-is-stop-token",
         "a stop text is reported as a stop token",
@@ -110,8 +99,7 @@ pub(super) const FAULTS: &[Fault] = &[
                 }
             }))
         },
-    )
-    .on(WITH_TEXT),
+    ),
 ];
 
 fn decode(tokenizer: &Tokenizer, tokens: &[u32], skip_special: bool) -> String {
