@@ -130,13 +130,13 @@ impl Deviation for RoundingByBatch {
 struct ScaleOfTheBatch;
 
 impl Deviation for ScaleOfTheBatch {
-    fn quantise(&self, at: &At<'_>, x: &[f32]) -> (Vec<i32>, f32) {
+    fn quantise(&self, at: &At<'_>, x: &[f32]) -> (Vec<i16>, f32) {
         let own = at.sequence * at.call.seq..(at.sequence + 1) * at.call.seq;
         let others = at.call.tokens.iter().enumerate().filter(|(i, _)| !own.contains(i)).map(|(_, t)| t % 16).max();
         let louder = 1.0 + others.unwrap_or(0) as f32 / 16.0;
         let largest = x.iter().fold(1e-5f32, |a, &v| a.max(v.abs())) * louder;
         let k = (1.0 / largest) * 127.0;
-        (x.iter().map(|&v| (v * k).round_ties_even() as i32).collect(), k)
+        (x.iter().map(|&v| (v * k).round_ties_even() as i16).collect(), k)
     }
 }
 

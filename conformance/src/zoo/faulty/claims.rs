@@ -139,9 +139,9 @@ impl Deviation for StopTextsIgnored {
 struct InstructionSetShows;
 
 impl Deviation for InstructionSetShows {
-    fn dot(&self, at: &At<'_>, _: usize, trits: &[i8], codes: &[i32]) -> i32 {
+    fn dot(&self, at: &At<'_>, _: usize, trits: &[i8], codes: &[i16]) -> i32 {
         let paired = at.call.options.isa.as_deref() == Some("paired") && at.site == Site::Down;
         let used = trits.len() - usize::from(paired);
-        trits[..used].iter().zip(codes).map(|(&t, &c)| i32::from(t) * c).sum()
+        trits[..used].iter().zip(codes).map(|(&t, &c)| i32::from(t) * i32::from(c)).sum()
     }
 }

@@ -187,25 +187,25 @@ fn largest(x: &[f32], floor: f32) -> f32 {
     x.iter().fold(floor, |a, &v| a.max(v.abs()))
 }
 
-fn codes(x: &[f32], k: f32) -> (Vec<i32>, f32) {
-    (x.iter().map(|&v| (v * k).round_ties_even().clamp(-128.0, 127.0) as i32).collect(), k)
+fn codes(x: &[f32], k: f32) -> (Vec<i16>, f32) {
+    (x.iter().map(|&v| (v * k).round_ties_even().clamp(-128.0, 127.0) as i16).collect(), k)
 }
 
 /// Another way from an activation to its code.
 struct Rounding(fn(f32) -> f32);
 
 impl Deviation for Rounding {
-    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i32>, f32) {
+    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i16>, f32) {
         let k = (1.0 / largest(x, 1e-5)) * 127.0;
-        (x.iter().map(|&v| (self.0)(v * k).clamp(-128.0, 127.0) as i32).collect(), k)
+        (x.iter().map(|&v| (self.0)(v * k).clamp(-128.0, 127.0) as i16).collect(), k)
     }
 }
 
 /// Another quantiser.
-struct Quantise(fn(&[f32]) -> (Vec<i32>, f32));
+struct Quantise(fn(&[f32]) -> (Vec<i16>, f32));
 
 impl Deviation for Quantise {
-    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i32>, f32) {
+    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i16>, f32) {
         (self.0)(x)
     }
 }
@@ -215,7 +215,7 @@ impl Deviation for Quantise {
 struct FactorOfTheCall(Mutex<HashMap<(u64, usize, u8), f32>>);
 
 impl Deviation for FactorOfTheCall {
-    fn quantise(&self, at: &At<'_>, x: &[f32]) -> (Vec<i32>, f32) {
+    fn quantise(&self, at: &At<'_>, x: &[f32]) -> (Vec<i16>, f32) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let largest_yet = known.entry((at.call.serial, at.layer, at.site as u8)).or_insert(1e-5);
         *largest_yet = largest(x, *largest_yet);

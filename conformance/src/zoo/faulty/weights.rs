@@ -355,25 +355,25 @@ impl Deviation for TailRows {
 }
 
 /// Another sum of products.
-struct Dot(fn(&[i8], &[i32]) -> i32);
+struct Dot(fn(&[i8], &[i16]) -> i32);
 
 impl Deviation for Dot {
-    fn dot(&self, _: &At<'_>, _: usize, trits: &[i8], codes: &[i32]) -> i32 {
+    fn dot(&self, _: &At<'_>, _: usize, trits: &[i8], codes: &[i16]) -> i32 {
         (self.0)(trits, codes)
     }
 }
 
 /// As the kernels do it: trits plus one times codes, summed by lanes, and the sum of the codes taken off at the end.
-fn in_lanes(trits: &[i8], codes: &[i32], add: fn(i16, i16) -> i16) -> i32 {
+fn in_lanes(trits: &[i8], codes: &[i16], add: fn(i16, i16) -> i16) -> i32 {
     let mut lanes = [0i16; 16];
     for (i, (&t, &c)) in trits.iter().zip(codes).enumerate() {
-        lanes[i % 16] = add(lanes[i % 16], (i16::from(t) + 1) * c as i16);
+        lanes[i % 16] = add(lanes[i % 16], (i16::from(t) + 1) * c);
     }
-    lanes.iter().map(|&lane| i32::from(lane)).sum::<i32>() - codes.iter().sum::<i32>()
+    lanes.iter().map(|&lane| i32::from(lane)).sum::<i32>() - codes.iter().map(|&c| i32::from(c)).sum::<i32>()
 }
 
-fn in_f16(trits: &[i8], codes: &[i32]) -> i32 {
-    let sum = |sum: f16, (&t, &c): (&i8, &i32)| f16::from_f32(sum.to_f32() + (i32::from(t) * c) as f32);
+fn in_f16(trits: &[i8], codes: &[i16]) -> i32 {
+    let sum = |sum: f16, (&t, &c): (&i8, &i16)| f16::from_f32(sum.to_f32() + (i32::from(t) * i32::from(c)) as f32);
     trits.iter().zip(codes).fold(f16::ZERO, sum).to_f32() as i32
 }
 
@@ -381,15 +381,15 @@ fn in_f16(trits: &[i8], codes: &[i32]) -> i32 {
 struct SignOfMinus128;
 
 impl Deviation for SignOfMinus128 {
-    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i32>, f32) {
+    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i16>, f32) {
         let k = (1.0 / x.iter().fold(1e-5f32, |a, &v| a.max(v.abs()))) * 128.0;
-        (x.iter().map(|&v| (v * k).round_ties_even().clamp(-128.0, 127.0) as i32).collect(), k)
+        (x.iter().map(|&v| (v * k).round_ties_even().clamp(-128.0, 127.0) as i16).collect(), k)
     }
 
-    fn dot(&self, _: &At<'_>, _: usize, trits: &[i8], codes: &[i32]) -> i32 {
-        let signed = |(&t, &c): (&i8, &i32)| match t {
+    fn dot(&self, _: &At<'_>, _: usize, trits: &[i8], codes: &[i16]) -> i32 {
+        let signed = |(&t, &c): (&i8, &i16)| match t {
             -1 => i32::from((c as i8).wrapping_neg()),
-            t => i32::from(t) * c,
+            t => i32::from(t) * i32::from(c),
         };
         trits.iter().zip(codes).map(signed).sum()
     }

@@ -137,9 +137,9 @@ fn in_lanes(terms: &[f32]) -> f32 {
 struct OneDivision;
 
 impl Deviation for OneDivision {
-    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i32>, f32) {
+    fn quantise(&self, _: &At<'_>, x: &[f32]) -> (Vec<i16>, f32) {
         let k = 127.0 / x.iter().fold(1e-5f32, |a, &v| a.max(v.abs()));
-        (x.iter().map(|&v| (v * k).round_ties_even().clamp(-127.0, 127.0) as i32).collect(), k)
+        (x.iter().map(|&v| (v * k).round_ties_even().clamp(-127.0, 127.0) as i16).collect(), k)
     }
 }
 
