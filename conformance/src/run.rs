@@ -243,7 +243,7 @@ impl Runner {
             Err(Silence::Closed) => worker.post_mortem(),
             Err(Silence::Garbled(what)) => worker.bury(what),
         };
-        let places = [(&*scratch, "SCRATCH"), (&*worker_tmp, "TMP"), (self.root(), "RUN")];
+        let places = [(scratch, "SCRATCH"), (&*worker_tmp, "TMP"), (self.root(), "RUN")];
         hide_places(&mut outcome, &places);
         Ok(outcome)
     }

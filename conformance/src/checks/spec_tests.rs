@@ -38,9 +38,8 @@ fn every_requirement_lists_the_checks_that_test_it() {
         assert!(listed.insert(number, checks).is_none(), "{number} stands twice");
     }
     // Each check stands under its own number, and may stand under others that it tests as well.
-    let names =
-        all().iter().map(|check| check.name).chain(probes::ALL.iter().map(|probe| probe.name)).map(str::to_string);
-    let names: BTreeSet<String> = names.collect();
+    let probes = probes::ALL.iter().map(|probe| probe.name.to_string());
+    let names: BTreeSet<String> = all().iter().map(|check| check.name.to_string()).chain(probes).collect();
     for (number, checks) in &listed {
         assert!(checks.is_subset(&names), "{number}: a check that is not: {:?}", checks.difference(&names));
     }

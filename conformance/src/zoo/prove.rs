@@ -7,7 +7,7 @@
 
 use super::proof::{FaultRow, HonestRow, Proof};
 use super::{Fault, HonestVariant, faulty, honest};
-use crate::backend::{BackendFactory, Registry};
+use crate::backend::{BackendFactory, Capabilities, Registry};
 use crate::case::{Category, Check, ModelSet};
 use crate::checks::probes;
 use crate::model::Model;
@@ -37,6 +37,8 @@ pub struct Choice {
     pub checks: Vec<String>,
     /// Names of checks to leave out.
     pub without: Vec<String>,
+    /// Try each fault on the check that is there for it and on no other.
+    pub killers_only: bool,
 }
 
 impl Choice {
@@ -105,8 +107,8 @@ pub fn run(
     };
     let mut tasks = Vec::new();
     let mut add =
-        |factory: Arc<dyn BackendFactory>, of: Of, extra: Option<&str>, more: bool, only: &dyn Fn(Category) -> bool| {
-            for check in checks.iter().filter(|c| only(c.category)) {
+        |factory: Arc<dyn BackendFactory>, of: Of, extra: Option<&str>, more: bool, only: &dyn Fn(&Check) -> bool| {
+            for check in checks.iter().filter(|c| only(c)) {
                 let models = models_for(check, extra, more, &all);
                 tasks.push(Task { backend: factory.clone(), check: check.clone(), models, of });
             }
@@ -114,9 +116,11 @@ pub fn run(
     for (i, fault) in faults.iter().enumerate() {
         if let Ok(factory) = registry.get(&fault.factory().name) {
             let costly = ["times", "resources"].contains(&fault.class);
-            let only = |category| match fault.only {
-                Some(only) => only.contains(&category),
-                None => costly || !matches!(category, Category::Sla | Category::Memory),
+            let capabilities = factory.capabilities();
+            let only = |check: &Check| match fault.only {
+                _ if choice.killers_only => column(check, &capabilities) == fault.killer,
+                Some(only) => only.contains(&check.category),
+                None => costly || !matches!(check.category, Category::Sla | Category::Memory),
             };
             add(factory.clone(), Of::Fault(i), fault.model, false, &only);
         }
@@ -146,6 +150,13 @@ pub fn run(
         }
     });
     proof
+}
+
+/// The column of the matrix that a check's verdict belongs in: its own, or that of the probe which runs in its place.
+fn column(check: &Check, capabilities: &Capabilities) -> &'static str {
+    let lacking = check.needs.filter(|needed| !capabilities.has(*needed));
+    let probe = lacking.and_then(|lacking| probes::ALL.iter().find(|probe| probe.capability == lacking));
+    probe.map_or(check.name, |probe| probe.name)
 }
 
 /// The checks and probes of a choice.
@@ -181,8 +192,7 @@ struct Found {
 fn attempt(runner: &Runner, task: &Task) -> Found {
     let capabilities = task.backend.capabilities();
     let lacks = task.check.needs.filter(|needed| !capabilities.has(*needed));
-    let probe = lacks.and_then(|lacking| probes::ALL.iter().find(|probe| probe.capability == lacking));
-    let mut found = Found { name: probe.map_or(task.check.name, |probe| probe.name), cases: Vec::new() };
+    let mut found = Found { name: column(&task.check, &capabilities), cases: Vec::new() };
     for model in &task.models {
         let mut check = task.check.clone();
         check.exclusive = false;

@@ -193,10 +193,9 @@ impl Deviation for EarlyFinish {
         let before = self.0.load(Ordering::SeqCst);
         thread::sleep(A_MOMENT);
         let mut result = engine.copy().generate(prompt, max_tokens, config)?;
-        if self.0.fetch_add(1, Ordering::SeqCst) != before {
-            if let Some(last) = result.generated_tokens.last_mut() {
-                *last = (*last + 1) % engine.config.vocab_size as u32;
-            }
+        let alone = self.0.fetch_add(1, Ordering::SeqCst) == before;
+        if let Some(last) = result.generated_tokens.last_mut().filter(|_| !alone) {
+            *last = (*last + 1) % engine.config.vocab_size as u32;
         }
         Ok(result)
     }

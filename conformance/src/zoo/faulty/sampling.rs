@@ -280,7 +280,10 @@ fn overflowing(scores: &[f64], config: &GenerationConfig) -> Vec<(u32, f64)> {
 }
 
 /// Candidates by another rule.
-struct Candidates(fn(&[f64], &GenerationConfig) -> Vec<(u32, f64)>);
+struct Candidates(Filter);
+
+/// From scores to the tokens that may be drawn, with their weights.
+type Filter = fn(&[f64], &GenerationConfig) -> Vec<(u32, f64)>;
 
 impl Deviation for Candidates {
     fn candidates(&self, scores: &[f64], config: &GenerationConfig) -> Vec<(u32, f64)> {

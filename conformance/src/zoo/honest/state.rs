@@ -180,7 +180,7 @@ struct PrefixReuse(Mutex<Known>);
 impl Deviation for PrefixReuse {
     fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
         let options = &engine.shared.options;
-        if cache.is_some() || options.output_attentions || options.output_hidden_states || !ids.dims2().is_ok() {
+        if cache.is_some() || options.output_attentions || options.output_hidden_states || ids.dims2().is_err() {
             return engine.honest_forward(ids, cache);
         }
         let rows = engine.rows(ids)?;
