@@ -129,6 +129,8 @@ fn context_full(ctx: &mut Context<'_>) -> CheckResult {
     let what = format!("{} tokens of prompt in a context of {positions}", tokens.len());
     ctx.check_slices(format!("{what}: tokens"), &result.generated_tokens, &expected);
     ctx.check_eq(format!("{what}: finish reason"), result.finish_reason, FinishReason::ContextFull);
+    let result = generate(engine.as_mut(), &tokens, usize::MAX, &limited(usize::MAX))?;
+    ctx.check_slices(format!("{what} and no limit: tokens"), &result.generated_tokens, &expected);
     let result = generate(engine.as_mut(), &tokens, 2, &limited(50))?;
     ctx.check_slices("max_tokens before the context's end: tokens", &result.generated_tokens, &expected[..2]);
     ctx.check_eq("max_tokens before the context's end: finish", result.finish_reason, FinishReason::MaxTokens);
@@ -274,6 +276,10 @@ fn min_new_tokens(ctx: &mut Context<'_>) -> CheckResult {
             }
         }
     }
+    // Where the one token that the filters leave is held back, another one comes.
+    let config = GenerationConfig { min_new_tokens: 2, stop_tokens: vec![out[0]], top_k: Some(1), ..plain(4) };
+    let made = generate(engine.as_mut(), &tokens, 2, &config)?.generated_tokens;
+    ctx.check_eq("tokens where the only candidate is held back", made.len(), 2);
     Ok(())
 }
 
@@ -321,14 +327,29 @@ fn result_is_true(ctx: &mut Context<'_>) -> CheckResult {
             );
         }
     }
+    // The ends of the vocabulary are tokens like any other: each comes where it is made the likeliest by far.
+    let facts = ctx.facts();
+    let ends = [0, facts.vocab_size as u32 - 1];
+    for token in ends.into_iter().filter(|t| facts.bos != Some(*t) && !facts.eos.contains(t)) {
+        let config = GenerationConfig { frequency_penalty: -1000.0, ..limited(2) };
+        let result = generate(engine.as_mut(), &[tokens[0], token, token, token], 2, &config)?;
+        ctx.check_slices(format!("token {token}, made likely"), &result.generated_tokens, &[token, token]);
+    }
     Ok(())
 }
 
 fn greedy_is_argmax(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let steps = 8;
-    for salt in 0..2 {
-        let tokens = prompt(ctx.facts(), 5, 260 + salt);
+    let longest = ctx.facts().max_positions.min(40) - 3;
+    let prompts = [
+        (prompt(ctx.facts(), 5, 260), 8),
+        (prompt(ctx.facts(), 5, 261), 8),
+        (prompt(ctx.facts(), longest, 262), 3),
+        (prompt(ctx.facts(), 1, 263), 3),
+        // The first id is a token like any other.
+        (vec![0, 3], 2),
+    ];
+    for (tokens, steps) in prompts {
         let expected: Vec<u32> =
             own_greedy(ctx, engine.as_mut(), &tokens, steps)?.into_iter().map(|(t, _)| t).collect();
         let configs = [

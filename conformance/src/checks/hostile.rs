@@ -211,6 +211,13 @@ fn missing_files(ctx: &mut Context<'_>) -> CheckResult {
         let model_error = |e: &InferenceError| matches!(e, InferenceError::Model(_));
         ctx.expect_error(format!("loading a model without {file}"), result, model_error, "a ModelError");
     }
+    let sharded = ctx.other_model("sharded-untied-f32")?;
+    let shards = std::fs::read_dir(sharded.dir())?.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+    let last = shards.filter(|path| path.extension().is_some_and(|e| e == "safetensors")).max();
+    if let Some(last) = last {
+        std::fs::remove_file(last)?;
+        refused(ctx, "a shard missing", sharded.dir());
+    }
     let file = ctx.scratch().join("a file");
     std::fs::write(&file, b"not a folder")?;
     refused(ctx, "a file for a folder", &file);

@@ -201,5 +201,16 @@ fn frequency_and_presence(ctx: &mut Context<'_>) -> CheckResult {
         let hits = drawn.iter().filter(|t| words.contains(t)).count();
         rate(ctx, &format!("{what}: draws of prompt tokens"), drawn.len(), hits, p);
     }
+    // Filters see the penalised logits.
+    let base = GenerationConfig { frequency_penalty: 1.5, ..plain(0) };
+    let hot = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.2), ..base };
+    let top_p = Some(Table::new(&logits, &tokens, &hot).nucleus_of(4));
+    for (what, config) in [
+        ("top_p behind a penalty", GenerationConfig { top_p, ..hot.clone() }),
+        ("top_k behind a penalty", GenerationConfig { top_k: Some(4), ..hot.clone() }),
+    ] {
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+        hold(ctx, what, &drawn, &Table::new(&logits, &tokens, &config));
+    }
     Ok(())
 }

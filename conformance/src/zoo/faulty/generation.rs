@@ -179,6 +179,23 @@ pub(super) const FAULTS: &[Fault] = &[
         },
     ),
     Fault::new(
+        "first-id-is-padding",
+        "the first id of the vocabulary is taken for padding in a prompt and left out",
+        "unsloth #3699",
+        "generation/greedy_is_argmax",
+        || {
+            Arc::new(Generate(|engine, prompt, max_tokens, config| {
+                let kept: Vec<u32> = prompt.iter().copied().filter(|&token| token > 0).collect();
+                if kept.is_empty() {
+                    return engine.honest_generate(prompt, max_tokens, config);
+                }
+                let mut result = engine.honest_generate(&kept, max_tokens, config)?;
+                result.prompt_tokens = prompt.to_vec();
+                Ok(result)
+            }))
+        },
+    ),
+    Fault::new(
         "double-bos",
         "a beginning-of-text token is put before every prompt",
         "llama.cpp PR #7107, #7332; llama-cpp-python #1501",

@@ -1,7 +1,7 @@
 //! Faults of the penalties: what they count, their sign, their order.
 
 use super::super::Fault;
-use super::super::naive::{Deviation, sampler};
+use super::super::naive::{Deviation, Step, sampler};
 use bitnet_contracts::GenerationConfig;
 use std::sync::Arc;
 
@@ -117,6 +117,13 @@ pub(super) const FAULTS: &[Fault] = &[
         },
     ),
     Fault::new(
+        "filters-before-penalties",
+        "top_k and top_p are taken from the logits before penalties",
+        "clause SMP-8",
+        "sampling/frequency_and_presence",
+        || Arc::new(FiltersFirst),
+    ),
+    Fault::new(
         "greedy-without-penalties",
         "greedy generation knows no penalties",
         "clause SMP-7",
@@ -149,5 +156,24 @@ struct Penalties(fn(&mut [f64], &[u32], usize, &GenerationConfig));
 impl Deviation for Penalties {
     fn penalise(&self, scores: &mut [f64], sequence: &[u32], prompt: usize, config: &GenerationConfig) {
         (self.0)(scores, sequence, prompt, config);
+    }
+}
+
+/// The tokens that the filters keep of the logits as they were, with their penalised weights.
+struct FiltersFirst;
+
+impl Deviation for FiltersFirst {
+    fn choose(&self, step: &mut Step<'_>) -> Option<u32> {
+        let config = step.config;
+        if self.is_greedy(config) || (config.top_k.is_none() && config.top_p.is_none()) || config.top_k == Some(1) {
+            return None;
+        }
+        let raw: Vec<f64> = step.logits.iter().map(|&l| f64::from(l)).collect();
+        let mut scores = raw.clone();
+        sampler::penalise(&mut scores, step.sequence, config);
+        let kept = sampler::candidates(&raw, config);
+        let mut weighted = sampler::softmax(&scores, f64::from(config.temperature));
+        weighted.retain(|(token, _)| kept.iter().any(|(k, _)| k == token) && !step.forbidden.contains(token));
+        Some(sampler::draw(&weighted, step.rng))
     }
 }
