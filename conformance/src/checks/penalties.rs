@@ -50,6 +50,35 @@ fn likely_first(
     best.map(|(_, tokens, logits)| (tokens, logits)).ok_or_else(|| Stop::Inconclusive("no prompt".to_string()))
 }
 
+/// A prompt, the logits behind it and a configuration, of some that are tried, for which a sampler that divides negative
+/// logits too is furthest off, and how far that is.
+fn telling_sign(
+    ctx: &Context<'_>,
+    engine: &mut dyn BitNetInference,
+    penalty: f32,
+    salt: u64,
+) -> Result<(Vec<u32>, Vec<f32>, GenerationConfig, f64), Stop> {
+    let mut best: Option<(Vec<u32>, Vec<f32>, GenerationConfig, f64)> = None;
+    for i in 0..16 {
+        let tokens = prompt(ctx.facts(), 24, salt + 100 + i);
+        let logits = logits_of(engine, &tokens)?.last(0).to_vec();
+        let seen = |t: usize| tokens.contains(&(t as u32));
+        let divided: Vec<f32> =
+            logits.iter().enumerate().map(|(t, &l)| if seen(t) { l / penalty } else { l }).collect();
+        for share in [0.4, 0.12, 0.04] {
+            let base = GenerationConfig { repetition_penalty: penalty, ..plain(0) };
+            let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, share), ..base };
+            let neutral = GenerationConfig { repetition_penalty: 1.0, ..config.clone() };
+            let table = Table::new(&logits, &tokens, &config);
+            let wrong = table.distance(&Table::new(&divided, &tokens, &neutral));
+            if best.as_ref().is_none_or(|(.., kept)| wrong > *kept) {
+                best = Some((tokens.clone(), logits.clone(), config, wrong));
+            }
+        }
+    }
+    best.ok_or_else(|| Stop::Inconclusive("no prompt".to_string()))
+}
+
 fn repetition_penalty(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
     for (penalty, salt) in [(3.0f32, 3500), (0.4, 3600)] {
@@ -61,18 +90,13 @@ fn repetition_penalty(ctx: &mut Context<'_>) -> CheckResult {
         let base = GenerationConfig { repetition_penalty: penalty, ..plain(0) };
         let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.12), ..base };
         let table = Table::new(&logits, &tokens, &config);
-        // What a sampler draws from that divides negative logits too, and one that knows no penalty.
-        let divided: Vec<f32> = logits
-            .iter()
-            .enumerate()
-            .map(|(t, &l)| if tokens.contains(&(t as u32)) { l / penalty } else { l })
-            .collect();
-        let neutral = GenerationConfig { repetition_penalty: 1.0, ..config.clone() };
-        let wrong_sign = table.distance(&Table::new(&divided, &tokens, &neutral));
-        let none = table.distance(&Table::new(&logits, &tokens, &neutral));
-        ctx.note(format!(
-            "penalty {penalty}: {wrong_sign:.3} of the mass moves with the wrong sign, {none:.3} with none"
-        ));
+        let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 2 * DRAWS)?;
+        hold(ctx, &format!("repetition_penalty {penalty} of a token seen four times"), &drawn, &table);
+
+        // The sign: a prompt and a temperature at which most of the mass moves if negative logits are divided too.
+        let (tokens, logits, config, wrong) = telling_sign(ctx, engine.as_mut(), penalty, salt)?;
+        let table = Table::new(&logits, &tokens, &config);
+        ctx.note(format!("penalty {penalty}: {wrong:.3} of the mass moves with the wrong sign"));
         let drawn = draw(ctx, engine.as_mut(), &tokens, &config, 2 * DRAWS)?;
         let what = format!("repetition_penalty {penalty}");
         hold(ctx, &what, &drawn, &table);
@@ -192,7 +216,9 @@ fn frequency_and_presence(ctx: &mut Context<'_>) -> CheckResult {
         ),
     ];
     for (what, base) in cases {
-        let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, 0.15), ..base };
+        // What is lifted must stand out; what is pushed down, be missed among many.
+        let share = if base.frequency_penalty + base.presence_penalty < 0.0 { 0.5 } else { 0.15 };
+        let config = GenerationConfig { temperature: warm(&logits, &tokens, &base, share), ..base };
         let table = Table::new(&logits, &tokens, &config);
         let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
         hold(ctx, what, &drawn, &table);

@@ -11,8 +11,8 @@ pub(super) const FAULTS: &[Fault] = &[
     memory("peak-below-current", "the peak is less than what is held", "memory/figures_fit_together", |u| {
         u.peak_usage = u.current_usage / 2;
     }),
-    memory("weights-not-counted", "model_weights is a quarter of the weights", "memory/figures_fit_together", |u| {
-        u.model_weights /= 4;
+    memory("weights-not-counted", "model_weights is a fortieth of the weights", "memory/figures_fit_together", |u| {
+        u.model_weights /= 40;
     }),
     memory("usage-zero", "memory_usage() is zero", "memory/figures_fit_together", |u| *u = MemoryUsage::default()),
     memory("usage-inflated", "ten megabytes are claimed that nobody holds", "memory/resident", |u| {
