@@ -120,16 +120,19 @@ fn summary(proof: &Proof, part: bool) -> String {
             let _ = writeln!(text, "SPARE     {check}: no fault is caught by it alone");
         }
     }
-    let _ = writeln!(
+    let _ = write!(
         text,
-        "{} faults, {} survivors · {} honest backends, {} blamed · {} checks, {} without a kill of their own",
+        "{} faults, {} survivors · {} honest backends, {} blamed",
         proof.faults.len(),
         proof.survivors().len(),
         proof.honest.len(),
         proof.false_alarms().len(),
-        proof.checks.len(),
-        proof.without_own_kill().len()
     );
+    if !part {
+        let spare = proof.without_own_kill().len();
+        let _ = write!(text, " · {} checks, {spare} without a kill of their own", proof.checks.len());
+    }
+    text.push('\n');
     text
 }
 
