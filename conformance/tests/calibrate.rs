@@ -109,15 +109,13 @@ fn the_errors_of_known_backends_are_found_in_spite_of_failed_assertions() {
     subjects.extend(faults.map(|(name, by)| Subject::faulty(bent(name, by), None)));
     let checks: Vec<_> = conformance::checks::all()
         .into_iter()
-        .filter(|c| {
-            ["golden/own_semantics", "golden/decode", "shape/logits", "kv_cache/chunked_is_whole"].contains(&c.name)
-        })
+        .filter(|c| ["golden/logits", "shape/logits", "kv_cache/chunked_is_whole"].contains(&c.name))
         .collect();
     let wanted = ["context-32", "gqa2-untied-f32"];
     let models: Vec<_> = Model::built_in().into_iter().filter(|m| wanted.contains(&m.name())).map(Arc::new).collect();
     let (honest, faulty) = measure(&subjects, &checks, &models, &run);
     let names: Vec<&str> = honest.checks.iter().map(String::as_str).collect();
-    assert_eq!(names, ["golden/decode", "golden/own_semantics", "kv_cache/chunked_is_whole"]);
+    assert_eq!(names, ["golden/logits", "kv_cache/chunked_is_whole"]);
 
     let found = Evidence::of(&FP32_LOGIT, &honest, &faulty);
     let (worst, nearest) = (found.honest.expect("an honest error"), found.faulty.expect("a faulty error"));
@@ -150,7 +148,7 @@ fn a_small_folder_is_held_to_the_oracle() {
         results.into_iter().map(|r| (r.check, r.outcome.verdict)).collect::<Vec<_>>()
     };
     let right = verdicts(0.0);
-    assert!(right.len() >= 5 && right.iter().all(|(_, v)| *v == Verdict::Pass), "{right:?}");
+    assert!(right.len() >= 2 && right.iter().all(|(_, v)| *v == Verdict::Pass), "{right:?}");
     let wrong = verdicts(1e-3);
-    assert!(wrong.contains(&("golden/own_semantics".to_string(), Verdict::Fail)), "{wrong:?}");
+    assert!(wrong.contains(&("golden/logits".to_string(), Verdict::Fail)), "{wrong:?}");
 }

@@ -228,7 +228,7 @@ fn the_command_line_waives_and_fails_as_the_file_says() -> TestResult {
     ensure(code == 1 && text.contains("1 FAIL"), &text)?;
 
     let (code, text, json) = run("cli", ENTRY, &[], &quantization)?;
-    ensure(code == 0 && text.contains("1 WAIVED") && !text.contains("finding"), (code, &text))?;
+    ensure(code == 0 && text.contains("1 waived") && !text.contains("finding"), (code, &text))?;
     ensure(json.contains("\"verdict\": \"waived\"") && json.contains("\"findings\": []"), &json)?;
 
     // An entry for a case that the filter leaves out is not judged.
@@ -242,7 +242,7 @@ fn the_command_line_waives_and_fails_as_the_file_says() -> TestResult {
     ensure(json.contains("matches no case"), &json)?;
 
     let (code, text, json) = run("cli", &ENTRY.replace("boastful/", "oracle/"), &[], &quantization)?;
-    ensure(code == 1 && text.contains("1 UNEXPECTED_PASS") && text.contains("1 cases fail which pass"), (code, &text))?;
+    ensure(code == 1 && text.contains("1 UNEXPECTED PASS") && text.contains("1 cases fail which pass"), (code, &text))?;
     ensure(json.contains("\"verdict\": \"unexpected_pass\""), &json)?;
 
     let (code, text, _) = run("cli", "nonsense", &[], &quantization)?;
@@ -262,7 +262,7 @@ fn a_test_target_waives_and_fails_as_the_file_says() -> TestResult {
     ensure(code == 0 && text.contains("1 passed"), &text)?;
 
     let (code, text, _) = run("target", &ENTRY.replace("boastful/", "oracle/"), &quantization, &["oracle/"])?;
-    ensure(code != 0 && text.contains("UNEXPECTED_PASS") && text.contains("1 failed"), &text)?;
+    ensure(code != 0 && text.contains("UNEXPECTED PASS") && text.contains("1 failed"), &text)?;
 
     let (code, text, _) = run("target", "nonsense", &quantization, &["--list"])?;
     ensure(code != 0 && text.contains("expectations:"), &text)

@@ -213,7 +213,7 @@ fn junit_tells_a_waiver_from_a_pass_that_nobody_expected() {
     let skipped = xml.split("<skipped").nth(1).expect("a skipped case");
     assert!(skipped.starts_with(" message=\"issue 7, until 2030-01-01\""), "{xml}");
     let failed = xml.split("<failure").nth(1).expect("a failed case");
-    assert!(failed.starts_with(" message=\"the entry for issue 8 is stale\" type=\"unexpectedpass\""), "{xml}");
+    assert!(failed.starts_with(" message=\"the entry for issue 8 is stale\" type=\"unexpected_pass\""), "{xml}");
 }
 
 /// Tags nest, attributes and text hold no raw `<` or `&`, and no control character is left.

@@ -261,13 +261,14 @@ fn prompts_are_shrunk_where_the_check_allows_it() -> TestResult {
 
 fn a_hanging_check_is_shrunk() -> TestResult {
     let suite = suite()?;
-    let checks = suite.checks().iter().filter(|c| c.name == "numerics/finite").cloned();
+    let checks = suite.checks().iter().filter(|c| c.name == "causality/later_tokens_do_not_show").cloned();
     let checks: Vec<_> = checks.map(|check| check.within(3)).collect();
     ensure(checks.len() == 1, "the check is there")?;
     let (suite, runner) = (suite.with_checks(checks), Runner::new()?);
     // Every candidate that hangs takes its deadline.
     let budget = Duration::from_secs(8);
-    let text = shrunk_within(budget, &suite, &runner, ["hangs-on-six", "context-32", "numerics/finite"])?;
+    let text =
+        shrunk_within(budget, &suite, &runner, ["hangs-on-six", "context-32", "causality/later_tokens_do_not_show"])?;
     shows(&suite, &runner, &text, "hangs-on-six", Verdict::Timeout)?;
     let Reproducer::Check(case) = Reproducer::from_json(&text)? else { return Err("not a check".into()) };
     ensure(matches!(case.model, ModelChoice::Synthetic(_)), &text)
@@ -275,7 +276,7 @@ fn a_hanging_check_is_shrunk() -> TestResult {
 
 fn what_no_synthetic_model_shows_names_its_model() -> TestResult {
     let (suite, runner) = (suite()?, Runner::new()?);
-    let text = shrunk(&suite, &runner, "forgets-the-last", "context-32", "golden/decode")?;
+    let text = shrunk(&suite, &runner, "forgets-the-last", "context-32", "golden/logits")?;
     let Reproducer::Check(case) = Reproducer::from_json(&text)? else { return Err("not a check".into()) };
     ensure(case.model == ModelChoice::BuiltIn("context-32".to_string()), &text)?;
     shows(&suite, &runner, &text, "forgets-the-last", Verdict::Fail)
@@ -343,8 +344,8 @@ fn hostile_files_are_typed_errors() -> TestResult {
     for text in ["", "{}", "[]", "null", "{\"kind\":\"check\"}", "\u{0}"] {
         ensure(Reproducer::from_json(text).is_err(), text)?;
     }
-    let text = json!({"kind": "check", "version": 1, "backend": "oracle", "check": "numerics/finite",
-        "requirement": "NUM-1", "model": {"built_in": "tiny"}, "prompt": {"alphabet": 1u64 << 60},
+    let text = json!({"kind": "check", "version": 1, "backend": "oracle", "check": "causality/later_tokens_do_not_show",
+        "requirement": "CAU-1", "model": {"built_in": "tiny"}, "prompt": {"alphabet": 1u64 << 60},
         "outcome": {"verdict": "fail", "seen": ""}});
     let error = Reproducer::from_json(&text.to_string()).err().map(|e| e.to_string()).unwrap_or_default();
     ensure(error.contains("alphabet"), &error)
