@@ -54,19 +54,20 @@ pub enum Noise {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Capability {
-    /// `forward` with more than one sequence.
+    /// `forward` with more than one sequence; without it a `ForwardPassError` or a `ConfigurationError`.
     Batch,
-    /// `CreateOptions::output_attentions`.
+    /// `CreateOptions::output_attentions`; without it a `ConfigurationError`, or outputs that stay None.
     AttentionWeights,
-    /// `CreateOptions::output_hidden_states`.
+    /// `CreateOptions::output_hidden_states`; without it the same.
     HiddenStates,
-    /// `CreateOptions::threads`.
+    /// `CreateOptions::threads`; without it a `ConfigurationError`.
     Threads,
-    /// `CreateOptions::isa`.
+    /// `CreateOptions::isa`; without it a `ConfigurationError`.
     InstructionSets,
-    /// `BackendFactory::create_thread_safe`.
+    /// `BackendFactory::create_thread_safe`; without it None.
     ThreadSafe,
-    /// Text and stop sequences by the model's tokenizer.
+    /// Text and stop sequences by the model's tokenizer; without it stop sequences are a `ConfigurationError` or
+    /// `MissingTokenizer`, and texts are empty.
     Tokenizer,
 }
 

@@ -5,8 +5,8 @@
 //!
 //! * the **honest** error is the largest of any honest backend on any model;
 //! * each faulty backend counts with the largest error that it shows on any model, and the **faulty** error is the
-//!   smallest of those that are more than [`MIN_SEPARATION`] times the honest one. Faults below that do not show in this
-//!   tolerance, and are for others to catch.
+//!   smallest of those that are more than [`MIN_SEPARATION`] times the honest one, or, where the limit does not follow
+//!   from the two, past the limit. Faults below that do not show in this tolerance, and are for others to catch.
 //!
 //! An honest error counts as [`RESOLUTION`] at least: where every honest backend on the list happens to compute the same
 //! bits, another order of the same f32 sums still may not.
@@ -113,8 +113,9 @@ impl Evidence {
     pub fn of(tolerance: &Tolerance, honest: &Errors, faulty: &Errors) -> Self {
         let worst = honest.of(tolerance.name()).max_by(|a, b| a.error.total_cmp(&b.error));
         let honest = worst.map(|s| Seen { error: s.error.max(RESOLUTION), by: s.by.clone() });
+        let fixed = tolerance.entry().filter(|e| e.rule != Rule::Evidence).map(|e| e.limit);
         let floor = honest.as_ref().map_or(f64::INFINITY, |s| MIN_SEPARATION * s.error);
-        let shows = |s: &&Seen| s.error >= floor && s.error < f64::MAX;
+        let shows = |s: &&Seen| fixed.map_or(s.error >= floor, |limit| s.error > limit) && s.error < f64::MAX;
         let faulty = faulty.of(tolerance.name()).filter(shows).min_by(|a, b| a.error.total_cmp(&b.error)).cloned();
         Self { honest, faulty }
     }
@@ -193,31 +194,38 @@ pub fn measure(
     (honest, faulty)
 }
 
-/// The text of a table with the figures of `entries` in it. Everything else stays as it is, comments too.
+/// The text of a table with the figures of `entries` in it, each after its limit. Everything else stays as it is,
+/// comments too.
 pub fn rewrite(text: &str, entries: &Table) -> String {
     let mut out = String::with_capacity(text.len());
-    let mut entry = None;
+    let mut entry: Option<&Entry> = None;
     for line in text.lines() {
         if let Some(name) = line.strip_prefix('[').and_then(|l| l.strip_suffix(']')) {
             entry = entries.get(name);
         }
-        let key = line.split('=').next().unwrap_or_default().trim();
-        let quoted = |text: &Option<String>| text.as_ref().map(|t| format!("{t:?}"));
-        let value = entry.and_then(|e| match key {
-            "limit" => Some(figure(e.limit)),
-            "honest" => e.honest.map(figure),
-            "honest_by" => quoted(&e.honest_by),
-            "faulty" => e.faulty.map(figure),
-            "faulty_by" => quoted(&e.faulty_by),
-            _ => None,
-        });
-        match value {
-            Some(value) => out.push_str(&format!("{key} = {value}")),
-            None => out.push_str(line),
+        match (entry, line.split('=').next().unwrap_or_default().trim()) {
+            (Some(entry), "limit") => out.push_str(&figures(entry)),
+            (Some(_), "honest" | "honest_by" | "faulty" | "faulty_by") => {}
+            _ => {
+                out.push_str(line);
+                out.push('\n');
+            }
         }
-        out.push('\n');
     }
     out
+}
+
+/// The lines of an entry from `limit` to `faulty_by`, as far as it has them.
+fn figures(entry: &Entry) -> String {
+    let quoted = |text: &Option<String>| text.as_ref().map(|t| format!("{t:?}"));
+    let values = [
+        ("limit", Some(figure(entry.limit))),
+        ("honest", entry.honest.map(figure)),
+        ("honest_by", quoted(&entry.honest_by)),
+        ("faulty", entry.faulty.map(figure)),
+        ("faulty_by", quoted(&entry.faulty_by)),
+    ];
+    values.into_iter().filter_map(|(key, value)| Some(format!("{key} = {}\n", value?))).collect()
 }
 
 /// A figure as TOML has it: a float, short.
@@ -273,7 +281,7 @@ pub fn backend(by: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tolerance::{A8_MARGIN, FP32_LOGIT, parse};
+    use crate::tolerance::{A8_MARGIN, FP32_LOGIT, TIME_WITHIN, parse};
 
     /// Errors of one tolerance by backend.
     fn errors(name: &str, of: &[(&str, f64)]) -> Errors {
@@ -296,6 +304,15 @@ mod tests {
         assert_eq!(none, Evidence { honest: None, faulty: None });
     }
 
+    #[test]
+    fn where_the_limit_stands_by_itself_the_nearest_fault_is_the_smallest_past_it() {
+        let limit = TIME_WITHIN.limit();
+        let of = |error: f64| [("f1", 0.9 * limit), ("f2", error), ("f3", 40.0 * limit)];
+        let faulty = errors("time_within", &of(1.1 * limit));
+        let evidence = Evidence::of(&TIME_WITHIN, &errors("time_within", &[("h", 0.95 * limit)]), &faulty);
+        assert_eq!(evidence.faulty.map(|s| s.by), Some("f2/tiny".to_string()), "it need not be far from the honest");
+    }
+
     const TEXT: &str = "# about\n\n[a8_margin]\nunit = \"u\" # of it\nwhat = 'w'\nrule = 'evidence'\nlimit = 1.0\nhonest = 0.5\n\
         honest_by = 'h/m'\nfaulty = 2.0\nfaulty_by = 'f/m'\n\n[other]\nunit = 'u'\nwhat = 'w'\nrule = 'grant'\n\
         why = 'limit = 3'\nlimit = 3.0\n";
@@ -316,6 +333,18 @@ mod tests {
         };
         assert_eq!(others(&text), others(TEXT));
         assert!(entry.faults().is_empty());
+    }
+
+    #[test]
+    fn what_no_check_is_held_to_stays_as_it_is_and_first_figures_come_after_the_limit() {
+        let table = parse(TEXT).expect("a table");
+        let none = Evidence { honest: None, faulty: None };
+        assert_eq!(none.applied(&table["other"]), table["other"]);
+        let other = Table::from([("other".to_string(), table["other"].clone())]);
+        assert_eq!(regressions(&other, &Errors::default(), &Errors::default()), [""; 0]);
+        let first = Evidence { honest: Some(Seen { error: 0.25, by: "a/x".to_string() }), faulty: None };
+        let text = rewrite(TEXT, &Table::from([("other".to_string(), first.applied(&table["other"]))]));
+        assert!(text.ends_with("limit = 3.0\nhonest = 0.25\nhonest_by = \"a/x\"\n"), "{text}");
     }
 
     #[test]

@@ -210,6 +210,8 @@ pub struct Check {
     pub twice: bool,
     /// It has a worker process of its own, in which nothing ran before: it measures memory.
     pub fresh: bool,
+    /// It takes much longer than most: a proof tries it only on faults that no two other checks have caught.
+    pub long: bool,
 }
 
 impl Check {
@@ -234,6 +236,7 @@ impl Check {
             exclusive: false,
             twice: false,
             fresh: false,
+            long: false,
         }
     }
 
@@ -283,6 +286,13 @@ impl Check {
     #[must_use]
     pub const fn twice(mut self) -> Self {
         self.twice = true;
+        self
+    }
+
+    /// Takes much longer than most checks.
+    #[must_use]
+    pub const fn long(mut self) -> Self {
+        self.long = true;
         self
     }
 

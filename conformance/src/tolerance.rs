@@ -5,12 +5,6 @@
 //! held as 1 − r, a slope as its distance from 1, a share as what is missing from it. `conformance calibrate` measures
 //! them anew.
 
-mod fuzz;
-mod resources;
-
-pub use fuzz::*;
-pub use resources::*;
-
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -66,7 +60,7 @@ pub enum Rule {
     Contract,
     /// A probability or an argument about a distribution, stated in `why`.
     Statistical,
-    /// An allowance for what cannot be measured as an error, for the reason in `why`.
+    /// An allowance for what no check measures as an error, for the reason in `why`.
     Grant,
 }
 
@@ -174,7 +168,7 @@ macro_rules! tolerances {
     ($($(#[$doc:meta])* $constant:ident = $name:literal;)*) => {
         $($(#[$doc])* pub static $constant: Tolerance = Tolerance::named($name);)*
 
-        /// Every tolerance that the checks use, in the order of the table.
+        /// Every tolerance of the table.
         pub static ALL: &[&Tolerance] = &[$(&$constant),*];
     };
 }
@@ -184,6 +178,8 @@ tolerances! {
     FP32_CORRELATION = "fp32_correlation";
     /// `fp32` semantics: the largest difference of a logit from the golden.
     FP32_LOGIT = "fp32_logit";
+    /// The same behind sums of thousands of equal terms, which float32 adds up one after the other at worst.
+    FP32_LONG_SUM = "fp32_long_sum";
     /// `fp32` semantics: two evaluations of one sequence by one backend that claims no bit-exactness.
     FP32_SELF = "fp32_self";
     /// `w1.58a8`: the largest difference of a logit from the oracle's where no activation is near a rounding tie.
@@ -216,13 +212,76 @@ tolerances! {
     ATTENTION = "attention";
     /// The same for coarse noise.
     ATTENTION_COARSE = "attention_coarse";
+    /// 1 − correlation with the oracle, the third quartile of 64 rows, far into the context.
+    FAR_POSITIONS = "far_positions";
+    /// `w1.58a8`: how far from a rounding tie every activation of a prompt must be for float32 noise to decide none.
+    CLEAR_OF_TIES = "clear_of_ties";
+    /// Logits that reach less far than this are held to what is allowed at this reach.
+    SMALL_REACH = "small_reach";
+
     /// A part of a time that an engine reports, over the whole that it is a part of.
     TIME_WITHIN = "time_within";
-}
+    /// What sums of such parts may be longer besides: for clocks of another grain.
+    CLOCK_STEP = "clock_step";
+    /// What an engine's figure leaves out of the time around it, in the median call.
+    TIME_OWNED = "time_owned";
+    /// The same for prefill and decode together.
+    STAGES_OWNED = "stages_owned";
+    /// The same for prefill and the time to the first token after a long prompt.
+    PREFILL_OWNED = "prefill_owned";
+    /// The time to the first of many ids against a call for one id, as a factor either way.
+    FIRST_TOKEN = "first_token";
+    /// The smallest share of a component in `total_time` over its largest.
+    SHARE_SAME = "share_same";
+    /// Deterministic generation over sampling without a seed, in the median pair.
+    DETERMINISTIC_COST = "deterministic_cost";
+    /// `flops_estimate` against twice the weights that the tokens meet, as a factor either way.
+    FLOPS_FACTOR = "flops_factor";
+    /// What `memory_bandwidth_usage` says that a pass moved.
+    TRAFFIC = "traffic";
 
-/// `w1.58a8`: how far every activation of a prompt must be from a rounding tie, in codes, for float32 noise to decide
-/// none of them. Noise of 1e-6 of the largest activation, ten times what float32 arithmetic makes, is 1.3e-4 codes.
-pub const CLEAR_OF_TIES: f64 = 3e-4;
+    /// Bytes of a cache over what its capacity takes in f64.
+    CACHE_SLACK = "cache_slack";
+    /// What a cache may hold besides.
+    CACHE_REST = "cache_rest";
+    /// What the metrics say of a cache against its own word, as a factor either way.
+    CACHE_TOLD = "cache_told";
+    /// What the metrics may say besides.
+    CACHE_TOLD_REST = "cache_told_rest";
+    /// Memory claimed beyond what the process holds.
+    RESIDENT_SLACK = "resident_slack";
+    /// What sessions take in the process over what their caches say they hold.
+    SESSION_FACTOR = "session_factor";
+    /// What sessions may take besides.
+    SESSION_SLACK = "session_slack";
+    /// What an engine takes in the process over what it says it holds.
+    ENGINE_FACTOR = "engine_factor";
+    /// What an engine may take besides.
+    ENGINE_SLACK = "engine_slack";
+    /// The same where it has a tokenizer.
+    TOKENIZER_SLACK = "tokenizer_slack";
+    /// Memory that a call leaves behind.
+    LEAK_PER_CALL = "leak_per_call";
+    /// Memory that a thread-local copy leaves behind.
+    LEAK_PER_COPY = "leak_per_copy";
+    /// Memory that an engine leaves behind, as a share of its weights.
+    LEAK_PER_ENGINE = "leak_per_engine";
+    /// Weights of fewer bytes than this count as so many there.
+    LEAK_FEW_WEIGHTS = "leak_few_weights";
+    /// Threads or open files that an engine leaves behind.
+    LEAK_HANDLES = "leak_handles";
+
+    /// Fuzzing, `fp32` semantics: what a logit may be off by where that is more than [`FP32_LOGIT`].
+    FUZZ_FP32_OF_GAP = "fuzz_fp32_of_gap";
+    /// Fuzzing, `w1.58a8`: an activation this near to a rounding tie may go either way.
+    FUZZ_TIE = "fuzz_tie";
+    /// Fuzzing, `w1.58a8`: what a logit may be off by where no activation was near a tie.
+    FUZZ_A8_LOGIT = "fuzz_a8_logit";
+    /// Fuzzing: what a row may be off by in which an activation may have gone the other way.
+    FUZZ_FLIP_GAPS = "fuzz_flip_gaps";
+    /// The same as a share of the row's sum of squares, allowed where it is more.
+    FUZZ_FLIP_NMSE = "fuzz_flip_nmse";
+}
 
 /// The probability, at most, that one honest backend meets a false alarm in one run: the budget that all statistical
 /// assertions share.

@@ -52,7 +52,9 @@ pub(crate) fn calibrate(
     bar: &ProgressBar,
 ) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let text = std::fs::read_to_string(&args.file).map_err(|e| format!("{}: {e}", args.file.display()))?;
-    let table = tolerance::parse(&text)?;
+    let mut table = tolerance::parse(&text)?;
+    // A figure of the clock is one only if the checks that must run alone are among those that measure it.
+    table.retain(|_, entry| args.clock || !entry.clock);
     let mut subjects = subjects(suite);
     let takes = |name: &str| args.backend.is_empty() || args.backend.iter().any(|part| name.contains(part.as_str()));
     subjects.retain(|s| takes(s.factory.name()));
@@ -72,7 +74,8 @@ pub(crate) fn calibrate(
     let checks: Vec<Check> = suite.checks().iter().filter(|c| args.clock || !c.exclusive).cloned().collect();
     let (honest, faulty) = measure(&subjects, &checks, suite.models(), &run);
     bar.finish_and_clear();
-    let measured: Vec<(&str, Evidence)> = ALL.iter().map(|t| (t.name(), Evidence::of(t, &honest, &faulty))).collect();
+    let known = ALL.iter().filter(|t| table.contains_key(t.name()));
+    let measured: Vec<(&str, Evidence)> = known.map(|t| (t.name(), Evidence::of(t, &honest, &faulty))).collect();
     println!("{}", render(&table, &measured));
     if args.check {
         let found = regressions(&table, &honest, &faulty);

@@ -2,8 +2,9 @@
 
 use super::edit::Model;
 use super::support::{EDIT_MODEL, logits_of};
-use super::truth::{SMALL, Subject, check_truth, synthetic};
+use super::truth::{SMALL, Subject, check_truth_within, synthetic};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
+use crate::tolerance::{self, Tolerance};
 use fixtures::Spec;
 use serde_json::json;
 
@@ -38,12 +39,23 @@ pub(super) const CHECKS: &[Check] = &[
 
 /// Writes a model and holds an engine on it to the oracle for each prompt.
 fn hold(ctx: &mut Context<'_>, name: &str, model: &Model, prompts: &[&[u32]]) -> CheckResult {
+    hold_within(ctx, name, model, prompts, &tolerance::FP32_LOGIT)
+}
+
+/// The same with another tolerance for `fp32` semantics.
+fn hold_within(
+    ctx: &mut Context<'_>,
+    name: &str,
+    model: &Model,
+    prompts: &[&[u32]],
+    fp32: &'static Tolerance,
+) -> CheckResult {
     let subject = Subject::write(ctx, name, model)?;
     let mut engine = subject.engine(ctx)?;
     for tokens in prompts {
         let truth = subject.truth(tokens)?;
         let seen = logits_of(engine.as_mut(), tokens)?;
-        check_truth(ctx, format!("logits of {tokens:?} on model {name}"), &seen.data, &truth);
+        check_truth_within(ctx, format!("logits of {tokens:?} on model {name}"), &seen.data, &truth, fp32);
     }
     Ok(())
 }
@@ -80,7 +92,7 @@ fn saturated_sums(ctx: &mut Context<'_>) -> CheckResult {
     // A sum of all ones comes out as one half, beside the 1 of the embedding and what attention adds.
     fill(&mut model, "o_proj.weight_scale", 0.25 / 32.0)?;
     fill(&mut model, "down_proj.weight_scale", 0.5 / WIDE as f32)?;
-    hold(ctx, "saturated", &model, &[&[0], &[5, 9, 3]])
+    hold_within(ctx, "saturated", &model, &[&[0], &[5, 9, 3]], &tolerance::FP32_LONG_SUM)
 }
 
 /// Rows of the embedding that are zero, and so small that the quantiser's floor of 1e-5 decides their codes.

@@ -39,6 +39,7 @@ pub(super) const CHECKS: &[Check] = &[
     .tests(Axis::Runs)
     .on(ModelSet::Every),
     Check::new("DET-4", "determinism/threads", DETERMINISM, "the number of threads does not show", threads)
+        .long()
         .needs(Capability::Threads)
         .tests(Axis::Threads),
     Check::new("DET-5", "determinism/seeds_differ", DETERMINISM, "different seeds give different tokens", seeds_differ),
@@ -78,6 +79,7 @@ pub(super) const CHECKS: &[Check] = &[
         "a prompt that resembles an earlier one is evaluated as itself",
         lookalikes,
     )
+    .long()
     .tests(Axis::Runs),
 ];
 
@@ -217,7 +219,7 @@ fn threads(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), ctx.facts().max_positions.min(33), 74);
     let mut expected: Option<Seen> = None;
     let by_default = CreateOptions::default();
-    let chosen = [1, 2, 3, 7].map(|threads| (threads.to_string(), by_default.clone().with_threads(threads)));
+    let chosen = [1, 2, 3, 7, 16].map(|threads| (threads.to_string(), by_default.clone().with_threads(threads)));
     for (threads, options) in chosen.into_iter().chain([("the default number of".to_string(), by_default)]) {
         let mut engine = ctx.engine_with(&options)?;
         let seen = Seen::of(engine.as_mut(), &tokens)?;

@@ -81,6 +81,7 @@ pub(super) const CHECKS: &[Check] = &[
         "use_cache and prefill_chunk_size do not change the tokens",
         cache_and_chunks,
     )
+    .long()
     .tests(Axis::Chunking)
     .on(ModelSet::Where(|f| f.max_positions <= 64 || f.has_tokenizer)),
 ];
@@ -213,6 +214,16 @@ fn stop_token(ctx: &mut Context<'_>) -> CheckResult {
     let result = generate(engine.as_mut(), &tokens, 8, &config)?;
     ctx.check_slices("a stop token that does not come: tokens", &result.generated_tokens, &out);
     ctx.check_eq("a stop token that does not come: finish", result.finish_reason, FinishReason::MaxTokens);
+    // However many there are.
+    let others: Vec<u32> = (0..ctx.facts().vocab_size as u32).filter(|t| !out.contains(t)).collect();
+    for place in [8, 16, others.len()] {
+        let mut stop_tokens = others.clone();
+        stop_tokens.insert(place.min(others.len()), out[step]);
+        let config = GenerationConfig { stop_tokens, ..limited(8) };
+        let result = generate(engine.as_mut(), &tokens, 8, &config)?;
+        let what = format!("stop token {place} of {}: tokens", others.len() + 1);
+        ctx.check_slices(what, &result.generated_tokens, &out[..step]);
+    }
     // In the prompt it stops nothing.
     let config = GenerationConfig { stop_tokens: vec![tokens[3]], ..limited(1) };
     if tokens[3] != out[0] {

@@ -25,7 +25,8 @@ pub(super) const CHECKS: &[Check] = &[
         "hostile/not_a_number",
         "NaN or infinite weights are refused or NumericalInstability, never a result",
         not_a_number,
-    ),
+    )
+    .long(),
     check("HST-2", "hostile/overflow", "numbers that overflow at run time are NumericalInstability", overflow),
     check("HST-3", "hostile/missing_files", "missing folders and files are model errors", missing_files),
     check(
@@ -33,8 +34,10 @@ pub(super) const CHECKS: &[Check] = &[
         "hostile/broken_weights",
         "truncated, lying and incomplete weight files are refused",
         broken_weights,
-    ),
-    check("HST-5", "hostile/broken_config", "a config.json that is garbage or fits nothing is refused", broken_config),
+    )
+    .long(),
+    check("HST-5", "hostile/broken_config", "a config.json that is garbage or fits nothing is refused", broken_config)
+        .long(),
     check("HST-6", "hostile/invalid_trits", "a packed byte with a code that is no trit is refused", invalid_trits),
 ];
 

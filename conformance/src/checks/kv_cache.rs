@@ -63,7 +63,8 @@ pub(super) const CHECKS: &[Check] = &[
         KV,
         "more positions than fit are KVCacheError and change nothing",
         overflow,
-    ),
+    )
+    .long(),
     Check::new(
         "KV-6",
         "kv_cache/errors_change_nothing",

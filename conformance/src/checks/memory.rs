@@ -7,7 +7,7 @@ use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, Stop};
 use crate::measure;
 use crate::model::ModelFacts;
-use crate::tolerance;
+use crate::tolerance::{self, Tolerance};
 use bitnet_contracts::{BitNetInference, GenerationConfig, KVCache, MemoryUsage};
 use std::time::{Duration, Instant};
 
@@ -120,7 +120,9 @@ fn cache_growth(ctx: &mut Context<'_>) -> CheckResult {
     let mut cache = KVCache::new(capacity);
     ctx.check_eq("bytes of a cache that was never used", cache.memory_bytes(), 0);
     let mut before = 0;
-    let high = cache_values(&facts) * 8.0 * capacity as f64 * tolerance::CACHE_SLACK + 4096.0;
+    // Of f64 values, and what is besides.
+    let (full, rest) = (cache_values(&facts) * 8.0 * capacity as f64, tolerance::CACHE_REST.limit());
+    let high = tolerance::CACHE_SLACK.limit() * full + rest;
     for piece in [1, 7, 8, 16] {
         let tokens = prompt(&facts, piece, 910 + piece as u64);
         let output = engine.forward(&ids(&[tokens], engine.device())?, Some(&mut cache))?;
@@ -129,17 +131,24 @@ fn cache_growth(ctx: &mut Context<'_>) -> CheckResult {
         // what it keeps is the matter of MEM-3.
         let low = cache.len() as f64;
         let what = format!("bytes of a cache of {capacity} with {} positions", cache.len());
-        ctx.check((low..=high).contains(&(bytes as f64)), format!("{what}: {low:.0} to {high:.0}"), bytes);
+        ctx.check(bytes as f64 >= low, format!("{what}: at least {low:.0}"), bytes);
+        let over = (bytes as f64 - rest) / full;
+        ctx.check_within(
+            format!("{what}: {bytes} over {full:.0} and {rest:.0} besides"),
+            over,
+            &tolerance::CACHE_SLACK,
+        );
         ctx.check(bytes >= before, format!("{what}: at least the {before} of before"), bytes);
         // The engine's own session may come on top in `memory_usage`, but not instead.
-        let least = bytes as f64 / tolerance::CACHE_SLACK;
-        let most = bytes as f64 * tolerance::CACHE_SLACK + 1024.0;
-        for (name, value, most) in [
-            ("metrics.cache_memory_usage", output.metrics.cache_memory_usage, most),
-            ("memory_usage.kv_cache", output.memory_usage.kv_cache, high + most),
+        let told_rest = tolerance::CACHE_TOLD_REST.limit();
+        for (name, value, rest) in [
+            ("metrics.cache_memory_usage", output.metrics.cache_memory_usage, told_rest),
+            ("memory_usage.kv_cache", output.memory_usage.kv_cache, high + told_rest),
         ] {
-            let what = format!("{name} with {} positions, where the cache has {bytes}", cache.len());
-            ctx.check((least..=most).contains(&(value as f64)), format!("{what}: {least:.0} to {most:.0}"), value);
+            let (value, bytes) = (value as f64, bytes as f64);
+            let what = format!("{name} with {} positions, {value} where the cache has {bytes},", cache.len());
+            let factor = ((value - rest) / bytes).max(bytes / value);
+            ctx.check_within(format!("{what} up to {rest:.0} besides"), factor, &tolerance::CACHE_TOLD);
         }
         before = bytes;
     }
@@ -173,13 +182,13 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     ctx.timing("resident_growth_bytes", after.resident - before.resident);
     ctx.measure("model_weights_bytes", usage.model_weights as f64);
     // What is claimed is there.
-    ctx.check_at_most(
-        "model_weights, against the growth of resident memory and the slack",
-        usage.model_weights as f64,
-        after.resident - before.resident + tolerance::RESIDENT_SLACK,
-    );
-    let most = after.peak_resident + tolerance::RESIDENT_SLACK;
-    ctx.check_at_most("peak_usage, against all resident memory and the slack", usage.peak_usage as f64, most);
+    for (what, claimed, there) in [
+        ("model_weights beyond the growth of resident memory", usage.model_weights, after.resident - before.resident),
+        ("peak_usage beyond all resident memory", usage.peak_usage, after.peak_resident),
+    ] {
+        let what = format!("{what}: {claimed} where {there} are there");
+        ctx.check_within(what, claimed as f64 - there, &tolerance::RESIDENT_SLACK);
+    }
     // What is there is claimed: sessions grow the process by their caches and little else. There are enough of them
     // for 1 MiB of keys and values in 16 bits.
     let expected = cache_values(facts) * 2.0 * positions as f64;
@@ -190,8 +199,9 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     let claimed: usize = caches.iter().map(KVCache::memory_bytes).sum();
     ctx.measure("cache_bytes_per_position", claimed as f64 / (count as usize * positions) as f64);
     ctx.timing("sessions_growth_bytes", grown);
-    let what = format!("bytes that {count} sessions of {positions} positions take, where their caches say {claimed},");
-    ctx.check_at_most(what, grown, tolerance::SESSION_FACTOR * claimed as f64 + tolerance::SESSION_SLACK);
+    let what = format!("{count} sessions of {positions} positions take {grown} bytes, their caches say {claimed}");
+    let factor = (grown - tolerance::SESSION_SLACK.limit()) / claimed as f64;
+    ctx.check_within(what, factor, &tolerance::SESSION_FACTOR);
     // Engines likewise, by what they say they hold.
     let (mut engines, mut series) = (vec![ctx.engine()?, ctx.engine()?], vec![need(held())?]);
     for _ in 0..6 {
@@ -202,9 +212,9 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     ctx.timing("engine_growth_bytes", taken.middle);
     let claimed = engines[0].memory_usage().total_footprint() as f64;
     let tokenizer = facts.has_tokenizer && ctx.capabilities().tokenizer;
-    let besides = if tokenizer { tolerance::TOKENIZER_SLACK } else { tolerance::ENGINE_SLACK };
-    let what = format!("bytes that another engine takes, lower 99 % bound, where it says {claimed},");
-    ctx.check_at_most(what, taken.low, tolerance::ENGINE_FACTOR * claimed + besides);
+    let besides = if tokenizer { &tolerance::TOKENIZER_SLACK } else { &tolerance::ENGINE_SLACK };
+    let what = format!("another engine takes {} bytes, lower 99 % bound, and says {claimed}", taken.low);
+    ctx.check_within(what, (taken.low - besides.limit()) / claimed, &tolerance::ENGINE_FACTOR);
     Ok(())
 }
 
@@ -264,17 +274,19 @@ fn growth(limit: f64, readings: usize, between: u64, mut call: impl FnMut(u64) -
     seen.ok_or(Stop::Failed)
 }
 
-/// Asserts that a growth is none, as far as can be told with 99 % confidence.
+/// Asserts that a growth is none, as far as can be told with 99 % confidence. The tolerance is in so many `bytes`.
 #[track_caller]
-fn no_growth(ctx: &mut Context<'_>, key: &str, what: &str, seen: Slope, limit: f64) {
+fn no_growth(ctx: &mut Context<'_>, key: &str, what: &str, seen: Slope, (tolerance, bytes): (&Tolerance, f64)) {
     ctx.timing(&format!("left_by_{key}"), seen.middle);
     ctx.timing(&format!("left_by_{key}_at_most"), seen.high);
-    ctx.check_at_most(format!("bytes that {what} leaves, lower 99 % bound,"), seen.low, limit);
+    let what = format!("{what} leaves {} bytes, lower 99 % bound", seen.low);
+    ctx.check_within(what, seen.low / bytes, tolerance);
 }
 
 fn nothing_left_by_calls(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;
-    let (facts, limit) = (ctx.facts(), tolerance::LEAK_PER_CALL);
+    let (facts, held_to) = (ctx.facts(), (&tolerance::LEAK_PER_CALL, 1.0));
+    let limit = tolerance::LEAK_PER_CALL.limit();
     let room = facts.max_positions;
     // No two calls are alike: an engine that keeps answers keeps one more each time.
     let tokens = |length: usize, serial: u64| prompt(facts, length.min(room), 1_100_000 + serial);
@@ -282,7 +294,7 @@ fn nothing_left_by_calls(ctx: &mut Context<'_>) -> CheckResult {
         forward(engine.as_mut(), &[tokens(2, serial)], None)?;
         Ok(())
     })?;
-    no_growth(ctx, "forward_call", "a forward call", seen, limit);
+    no_growth(ctx, "forward_call", "a forward call", seen, held_to);
     let seen = growth(limit, 21, 10, |serial| {
         let mut cache = KVCache::new(4);
         forward(engine.as_mut(), &[tokens(2, serial)], Some(&mut cache))?;
@@ -291,12 +303,12 @@ fn nothing_left_by_calls(ctx: &mut Context<'_>) -> CheckResult {
         forward(engine.as_mut(), &[tokens(1, serial + 2)], Some(&mut cache))?;
         Ok(engine.reset()?)
     })?;
-    no_growth(ctx, "session_with_a_cache", "a session with a cache", seen, limit);
+    no_growth(ctx, "session_with_a_cache", "a session with a cache", seen, held_to);
     let seen = growth(limit, 21, 10, |serial| {
         generate(engine.as_mut(), &tokens(3, serial), 2, &plain(serial))?;
         Ok(())
     })?;
-    no_growth(ctx, "generation", "a generation", seen, limit);
+    no_growth(ctx, "generation", "a generation", seen, held_to);
     let mut kept = KVCache::new(2);
     forward(engine.as_mut(), &[tokens(1, 0)], Some(&mut kept))?;
     let seen = growth(limit, 21, 10, |serial| {
@@ -309,15 +321,14 @@ fn nothing_left_by_calls(ctx: &mut Context<'_>) -> CheckResult {
         let _ = engine.generate(&tokens(2, serial), 2, &none);
         Ok(())
     })?;
-    no_growth(ctx, "refused_call", "a refused call", seen, limit);
+    no_growth(ctx, "refused_call", "a refused call", seen, held_to);
     Ok(())
 }
 
 fn nothing_left_by_engines(ctx: &mut Context<'_>) -> CheckResult {
-    let weights = ctx.engine()?.memory_usage().model_weights as f64;
-    let limit = (tolerance::LEAK_PER_ENGINE * weights).max(tolerance::LEAK_PER_ENGINE_FLOOR);
+    let weights = (ctx.engine()?.memory_usage().model_weights as f64).max(tolerance::LEAK_FEW_WEIGHTS.limit());
     let mut counts = Vec::new();
-    let seen = growth(limit, 12, 1, |serial| {
+    let seen = growth(tolerance::LEAK_PER_ENGINE.limit() * weights, 12, 1, |serial| {
         let mut engine = ctx.engine()?;
         forward(engine.as_mut(), &[prompt(ctx.facts(), 2, 1_200_000 + serial)], None)?;
         generate(engine.as_mut(), &prompt(ctx.facts(), 2, 1_300_000 + serial), 2, &plain(serial))?;
@@ -325,20 +336,20 @@ fn nothing_left_by_engines(ctx: &mut Context<'_>) -> CheckResult {
         counts.push(need(handles())?);
         Ok(())
     })?;
-    no_growth(ctx, "engine", "an engine that was dropped", seen, limit);
+    no_growth(ctx, "engine", "an engine that was dropped", seen, (&tolerance::LEAK_PER_ENGINE, weights));
     for (which, what) in ["threads", "open files"].into_iter().enumerate() {
         let series: Vec<f64> = counts.iter().map(|count| count[which]).collect();
         // Threads of a pool end in their own time, so one more or less means nothing.
         let grown = slope(&series[series.len().min(4)..], 1.0).low;
-        ctx.check_at_most(format!("{what} that an engine leaves behind, lower 99 % bound,"), grown, 0.5);
+        let what = format!("{what} that an engine leaves behind, lower 99 % bound");
+        ctx.check_within(what, grown, &tolerance::LEAK_HANDLES);
     }
     Ok(())
 }
 
 fn nothing_left_by_copies(ctx: &mut Context<'_>) -> CheckResult {
     let shared = ctx.thread_safe()?;
-    let limit = tolerance::LEAK_PER_COPY;
-    let seen = growth(limit, 21, 10, |serial| {
+    let seen = growth(tolerance::LEAK_PER_COPY.limit(), 21, 10, |serial| {
         let tokens = prompt(ctx.facts(), 2, 1_400_000 + serial);
         let mut copy = shared.thread_local_copy()?;
         forward(copy.as_mut(), std::slice::from_ref(&tokens), None)?;
@@ -346,6 +357,6 @@ fn nothing_left_by_copies(ctx: &mut Context<'_>) -> CheckResult {
         shared.generate_concurrent(&tokens, 1, &plain(serial))?;
         Ok(())
     })?;
-    no_growth(ctx, "copy", "a thread-local copy that was dropped", seen, limit);
+    no_growth(ctx, "copy", "a thread-local copy that was dropped", seen, (&tolerance::LEAK_PER_COPY, 1.0));
     Ok(())
 }

@@ -11,6 +11,7 @@ mod concurrency;
 mod determinism;
 mod edit;
 mod errors;
+mod extent;
 mod generation;
 mod golden;
 mod hostile;
@@ -36,7 +37,7 @@ pub(crate) use probes::run;
 
 /// Every check of the suite, in the order of the categories.
 pub fn all() -> Vec<Check> {
-    [
+    let mut all = [
         shape::CHECKS,
         numerics::CHECKS,
         arithmetic::CHECKS,
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Check> {
         models::CHECKS,
         causality::CHECKS,
         kv_cache::CHECKS,
+        extent::CHECKS,
         determinism::CHECKS,
         batch::CHECKS,
         generation::CHECKS,
@@ -56,7 +58,9 @@ pub fn all() -> Vec<Check> {
         memory::CHECKS,
         sla::CHECKS,
     ]
-    .concat()
+    .concat();
+    all.sort_by_key(|check| check.category);
+    all
 }
 
 #[cfg(test)]

@@ -27,7 +27,8 @@ pub(super) const CHECKS: &[Check] = &[
         "golden/reproduced_rows",
         "on models of any shape, where no activation is near a rounding tie, every logit is the oracle's",
         reproduced_rows,
-    ),
+    )
+    .long(),
     check(
         "GLD-7",
         "golden/spellings",
@@ -39,7 +40,8 @@ pub(super) const CHECKS: &[Check] = &[
         "golden/facts_are_read",
         "RoPE base, epsilon, heads, scales, norms and linear_class are read from the model, not assumed",
         facts_are_read,
-    ),
+    )
+    .long(),
 ];
 
 /// Shapes at the edges of blocks: columns 4, 8, 12, 28, 32, 36, 44 and 124 beyond a multiple of 128, rows that no vector

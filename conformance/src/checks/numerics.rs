@@ -23,6 +23,7 @@ pub(super) const CHECKS: &[Check] = &[
         "repeated and extreme tokens give finite logits, and on small models every token the oracle's",
         every_token,
     )
+    .long()
     .on(ModelSet::Every),
 ];
 

@@ -12,13 +12,15 @@ pub(super) const CHECKS: &[Check] = &[
         "sampling/repetition_penalty",
         "the repetition penalty divides positive and multiplies negative logits",
         repetition_penalty,
-    ),
+    )
+    .long(),
     check(
         "SMP-7",
         "sampling/penalty_scope",
         "penalties count prompt and generated tokens, at every step",
         penalty_scope,
-    ),
+    )
+    .long(),
     check(
         "SMP-8",
         "sampling/frequency_and_presence",

@@ -7,7 +7,7 @@
 use super::support::{generate, greedy, ids, prompt, try_forward};
 use crate::backend::{Capability, CreateOptions};
 use crate::case::{Check, CheckResult, Context, Stop};
-use bitnet_contracts::{BitNetInference, GenerationConfig, InferenceError, InferenceOutput};
+use bitnet_contracts::{BitNetInference, GenerationConfig, InferenceError, InferenceOutput, TokenizationError};
 
 /// The probe of one capability.
 pub struct Probe {
@@ -75,6 +75,12 @@ fn is_configuration(error: &InferenceError) -> bool {
 
 const CONFIGURATION: &str = "a ConfigurationError";
 
+fn is_about_text(error: &InferenceError) -> bool {
+    is_configuration(error) || matches!(error, InferenceError::Tokenization(TokenizationError::MissingTokenizer { .. }))
+}
+
+const NO_TEXT: &str = "a ConfigurationError or MissingTokenizer";
+
 /// Notes a refusal of the right or of the wrong kind.
 #[track_caller]
 fn refused(
@@ -94,8 +100,8 @@ fn batch(ctx: &mut Context<'_>) -> Result<Answer, Stop> {
     Ok(match try_forward(engine.as_mut(), &rows, None)? {
         Ok(_) => Answer::Given,
         Err(error) => {
-            let right = |e: &InferenceError| matches!(e, InferenceError::ForwardPass(_));
-            refused(ctx, "a batch of two", error, right, "a ForwardPassError")
+            let right = |e: &InferenceError| matches!(e, InferenceError::ForwardPass(_)) || is_configuration(e);
+            refused(ctx, "a batch of two", error, right, "a ForwardPassError or a ConfigurationError")
         }
     })
 }
@@ -174,9 +180,9 @@ fn tokenizer(ctx: &mut Context<'_>) -> Result<Answer, Stop> {
     let config = GenerationConfig { stop_sequences: vec!["\u{1}never\u{1}".to_string()], ..greedy() };
     match engine.generate(&tokens, 4, &config) {
         Ok(result) if !result.generated_text.is_empty() => return Ok(Answer::Given),
-        Ok(_) => ctx.check(false, "a stop sequence refused with a ConfigurationError", "passed over: there is no text"),
+        Ok(_) => ctx.check(false, format!("a stop sequence refused with {NO_TEXT}"), "passed over: there is no text"),
         Err(error) => {
-            refused(ctx, "a stop sequence", error, is_configuration, CONFIGURATION);
+            refused(ctx, "a stop sequence", error, is_about_text, NO_TEXT);
             let result = generate(engine.as_mut(), &tokens, 4, &greedy())?;
             ctx.check_eq("text without a tokenizer", result.generated_text.as_str(), "")
         }

@@ -44,7 +44,8 @@ pub(super) const CHECKS: &[Check] = &[
         "sampling/every_step",
         "every token of a generation is drawn anew, by the rules, from its own logits",
         every_step,
-    ),
+    )
+    .long(),
     check(
         "SMP-11",
         "sampling/extreme_temperature",
@@ -199,6 +200,12 @@ fn top_k(ctx: &mut Context<'_>) -> CheckResult {
         let drawn = draw(ctx, engine.as_mut(), &tokens, &config, if k == 1 { 20 } else { DRAWS })?;
         hold(ctx, &format!("top_k {k}"), &drawn, &table);
     }
+    // More than fits into a fixed number of places.
+    let hot = GenerationConfig { temperature: 1e4, ..plain(0) };
+    let k = logits.len() - 10;
+    let config = GenerationConfig { top_k: Some(k), ..hot };
+    let drawn = draw(ctx, engine.as_mut(), &tokens, &config, DRAWS)?;
+    hold(ctx, &format!("top_k {k}"), &drawn, &Table::new(&logits, &tokens, &config));
     // Of equal logits too only k are kept; which of them is open.
     for salt in 0..10 {
         let Some((mut tied, tokens, equal)) = tied(ctx, engine.as_mut(), salt)? else { continue };

@@ -282,7 +282,9 @@ fn config(ctx: &mut Context<'_>) -> CheckResult {
     ctx.check_eq("rope_theta", config.rope_theta, facts.rope_theta as f32);
     ctx.check_eq("head_dim()", config.head_dim(), facts.head_dim);
     ctx.check_eq("group_size()", config.group_size(), facts.heads / facts.kv_heads.max(1));
-    ctx.check_eq("model_type", config.model_type.as_str(), "bitnet");
+    // "bitnet", "bitnet-b1.58" and "BitNetForCausalLM" are all in use.
+    let named = config.model_type.to_lowercase().contains("bitnet");
+    ctx.check(named, "model_type names a BitNet", format!("{:?}", config.model_type));
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use super::support::{prompt, reach};
 use crate::backend::{Noise, Semantics};
 use crate::case::{Context, Stop};
 use crate::model::{ModelFacts, ModelFixture};
-use crate::tolerance;
+use crate::tolerance::{self, Tolerance};
 use bitnet_contracts::{BitNetInference, InferenceError};
 use fixtures::{Eos, GAUSSIAN_ZEROS, Layout, LinearClass, NormStyle, Preset, RopeSpelling, Spec, Storage};
 use golden::oracle::Oracle;
@@ -107,7 +107,7 @@ impl Subject {
             let row = run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
             logits.extend(row.into_iter().map(|x| x as f32));
         }
-        let clear = run.nearest_tie >= tolerance::CLEAR_OF_TIES;
+        let clear = run.nearest_tie >= tolerance::CLEAR_OF_TIES.limit();
         Ok(Truth { tokens: tokens.to_vec(), logits, clear, vocab: self.oracle.vocab() })
     }
 
@@ -138,18 +138,25 @@ impl Subject {
     }
 }
 
-/// Logits that reach less far than this are held to what is allowed at this reach.
-const SMALL_REACH: f64 = 10.0;
-
 /// Asserts that logits are the true ones, as far as the backend's semantics and noise let them be.
 #[track_caller]
 pub(super) fn check_truth(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], truth: &Truth) -> bool {
+    check_truth_within(ctx, what, seen, truth, &tolerance::FP32_LOGIT)
+}
+
+/// The same with another tolerance for `fp32` semantics.
+#[track_caller]
+pub(super) fn check_truth_within(
+    ctx: &mut Context<'_>,
+    what: impl Display,
+    seen: &[f32],
+    truth: &Truth,
+    fp32: &'static Tolerance,
+) -> bool {
     let (semantics, noise) = (ctx.capabilities().semantics, ctx.capabilities().noise);
-    let reach = reach(&truth.logits).max(SMALL_REACH);
+    let reach = reach(&truth.logits).max(tolerance::SMALL_REACH.limit());
     match (semantics, noise, truth.clear) {
-        (Semantics::Fp32, Noise::F32, _) => {
-            ctx.check_close_within(what, seen, &truth.logits, reach, &tolerance::FP32_LOGIT)
-        }
+        (Semantics::Fp32, Noise::F32, _) => ctx.check_close_within(what, seen, &truth.logits, reach, fp32),
         (Semantics::W158A8, Noise::F32, true) => {
             ctx.check_close_within(what, seen, &truth.logits, reach, &tolerance::CLEAR_ROW)
         }

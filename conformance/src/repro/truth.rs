@@ -66,7 +66,7 @@ impl Truth {
             apart = apart.max(max_abs_diff(&beside, &logits));
             reach = logits.iter().fold(reach, |m, x| m.max(x.abs()));
             // In fp32 semantics nothing is rounded to codes, and the tie stays at its start.
-            let firm = self.noise == Noise::F32 && own.nearest_tie > tolerance::FUZZ_TIE;
+            let firm = self.noise == Noise::F32 && own.nearest_tie > tolerance::FUZZ_TIE.limit();
             rows.push(Row { logits, firm, gap, apart, reach });
         }
         Ok(rows)
@@ -81,17 +81,21 @@ impl Truth {
             return exact;
         }
         // A flip may have happened: the row is held to what rounding does to this model's logits.
-        worst_if_nan(nmse(seen, &row.logits)) / tolerance::FUZZ_FLIP_NMSE.max(tolerance::FUZZ_FLIP_GAPS * row.gap)
+        let flipped = tolerance::FUZZ_FLIP_GAPS.limit() * row.gap;
+        worst_if_nan(nmse(seen, &row.logits)) / tolerance::FUZZ_FLIP_NMSE.limit().max(flipped)
     }
 
     /// What float32 arithmetic may be off by in a firm row.
     fn within(&self, row: &Row) -> f64 {
+        let reach = row.reach.max(tolerance::SMALL_REACH.limit());
         match self.semantics {
+            // Random small networks are worse conditioned than the golden cases: eight bits of noise, which make the
+            // gap, tell what 24 bits of noise may do here.
             Semantics::Fp32 => {
-                let limit = tolerance::FP32_LOGIT.limit() * row.reach.max(tolerance::FUZZ_SMALL_REACH);
-                limit.max(tolerance::FUZZ_FP32_OF_GAP * row.apart)
+                let of_gap = tolerance::FUZZ_FP32_OF_GAP.limit() * row.apart;
+                of_gap.max(tolerance::FP32_LOGIT.limit() * reach)
             }
-            Semantics::W158A8 => tolerance::FUZZ_A8_ABS.max(tolerance::FUZZ_A8_RELATIVE * row.reach),
+            Semantics::W158A8 => tolerance::FUZZ_A8_LOGIT.limit() * reach,
         }
     }
 

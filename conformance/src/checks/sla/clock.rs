@@ -3,7 +3,7 @@
 use super::decide::percentile;
 use super::noise::millis;
 use crate::case::Context;
-use crate::tolerance;
+use crate::tolerance::{self, Tolerance};
 use bitnet_contracts::GenerationResult;
 use std::time::Duration;
 
@@ -50,13 +50,9 @@ impl Figures {
     /// not decide. What is measured within a time can never be longer than it, whatever the machine does.
     #[track_caller]
     pub(super) fn fit(&self, ctx: &mut Context<'_>, what: &str, around: &str) {
-        let (told, limit) = self.0.iter().fold((0.0, 0.0), |(t, a), (told, around)| (t + told, a + around));
-        let limit = limit * tolerance::CLOCK_SLACK + tolerance::CLOCK_STEP_MS;
-        ctx.check(
-            told <= limit,
-            format!("{what}, sum over {} calls in ms: within {around}", self.0.len()),
-            format!("{told:.4} > {limit:.4}"),
-        );
+        let (told, whole) = self.0.iter().fold((0.0, 0.0), |(t, a), (told, around)| (t + told, a + around));
+        let what = format!("{what} over {around}: {told:.4} ms in {whole:.4} ms, sums over {} calls", self.0.len());
+        ctx.check_within(what, (told - tolerance::CLOCK_STEP.limit()) / whole, &tolerance::TIME_WITHIN);
     }
 
     /// The share of its time that the median figure owns up to; 1 where there is no figure.
@@ -65,12 +61,11 @@ impl Figures {
         if shares.is_empty() { 1.0 } else { percentile(&shares, 0.5) }
     }
 
-    /// Asserts that the median figure owns up to a share of the time around it. What disturbs a call seldom falls
+    /// Asserts that the median figure leaves out little of the time around it. What disturbs a call seldom falls
     /// between the engine's clock and the caller's.
     #[track_caller]
-    pub(super) fn own_up(&self, ctx: &mut Context<'_>, what: &str, around: &str, least: f64) {
-        let share = self.share();
-        ctx.check(share >= least, format!("{what}: at least {least} of {around}, in the median call"), share);
+    pub(super) fn own_up(&self, ctx: &mut Context<'_>, what: &str, around: &str, tolerance: &Tolerance) {
+        ctx.check_within(format!("{what}, missing from {around} in the median call"), 1.0 - self.share(), tolerance);
     }
 
     /// Asserts that not all figures are the same: measured times never are.

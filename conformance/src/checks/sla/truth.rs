@@ -88,7 +88,7 @@ pub(super) fn metrics_are_true(ctx: &mut Context<'_>) -> CheckResult {
         passes.iter().for_each(|pass| totals.add(pass.total(), pass.wall));
         let what = format!("total_time of {kind}");
         totals.fit(ctx, &what, "the caller's clock");
-        totals.own_up(ctx, &what, "the caller's clock", tolerance::TIME_OWNED);
+        totals.own_up(ctx, &what, "the caller's clock", &tolerance::TIME_OWNED);
         owned = owned.min(totals.share());
         operations(ctx, kind, passes, &facts);
     }
@@ -113,20 +113,17 @@ pub(super) fn metrics_are_true(ctx: &mut Context<'_>) -> CheckResult {
 fn operations(ctx: &mut Context<'_>, kind: &str, passes: &[Pass], facts: &ModelFacts) {
     let told = |pass: &Pass| pass.output.metrics.flops_estimate as f64;
     // An engine that keeps no keys and values computes the positions before as well.
-    let within = |pass: &Pass| {
+    let factor = |pass: &Pass| {
         let rows = pass.tokens as f64;
         let most = if pass.positions > pass.tokens { pass.positions as f64 } else { rows };
         let flops = 2.0 * weights_met(facts);
-        let range = flops * rows / tolerance::FLOPS_FACTOR..=flops * most * tolerance::FLOPS_FACTOR;
-        range.contains(&told(pass))
+        (flops * rows / told(pass)).max(told(pass) / (flops * most))
     };
-    let odd = passes.iter().find(|pass| !within(pass));
-    ctx.check(
-        odd.is_none(),
-        format!("flops_estimate of {kind}: near twice the {} weights for each token", weights_met(facts)),
-        odd.map(|pass| format!("{} for {} tokens up to position {}", told(pass), pass.tokens, pass.positions))
-            .unwrap_or_default(),
-    );
+    if let Some(odd) = passes.iter().max_by(|a, b| factor(a).total_cmp(&factor(b))) {
+        let seen = format!("{} for {} tokens up to position {}", told(odd), odd.tokens, odd.positions);
+        let what = format!("flops_estimate of {kind} off twice the {} weights for each token", weights_met(facts));
+        ctx.check_within(format!("{what}: {seen}"), factor(odd), &tolerance::FLOPS_FACTOR);
+    }
     let same = |a: &Pass, b: &Pass| (a.tokens, a.positions) != (b.tokens, b.positions) || told(a) == told(b);
     let differs = passes.iter().any(|a| passes.iter().any(|b| !same(a, b)));
     ctx.check(!differs, format!("flops_estimate of {kind}: the same for the same shape"), "different");
@@ -154,14 +151,9 @@ fn memory_and_traffic(ctx: &mut Context<'_>, all: &[&Pass], facts: &ModelFacts) 
         bad.map(|pass| traffic(&pass)).unwrap_or_default(),
     );
     let parameters = weights_met(facts) + (facts.vocab_size * facts.hidden_size) as f64;
-    let most = |pass: &&&Pass| tolerance::TRAFFIC_PER_PARAMETER * parameters * (pass.tokens * pass.positions) as f64;
     let bytes = |pass: &&&Pass| traffic(pass) * 1e9 * pass.total() / 1e3;
-    let much = all.iter().find(|pass| bytes(pass) > most(pass));
-    ctx.check(
-        much.is_none(),
-        "memory_bandwidth_usage in GB/s, of bytes that a pass can have moved",
-        much.map(|pass| format!("{} bytes", bytes(&pass))).unwrap_or_default(),
-    );
+    let moved = all.iter().map(|pass| bytes(&pass) / (parameters * (pass.tokens * pass.positions) as f64));
+    ctx.check_within("memory_bandwidth_usage in GB/s", moved.fold(0.0, f64::max), &tolerance::TRAFFIC);
     let first = all.iter().map(|pass| pass.output.metrics.memory_bandwidth_usage).find(|&rate| rate != 0.0);
     let measured = first.is_none_or(|first| all.iter().any(|pass| traffic(&pass) != first));
     ctx.check(measured, "memory_bandwidth_usage that differs from call to call, or none", format!("always {first:?}"));
@@ -196,11 +188,9 @@ fn parts(ctx: &mut Context<'_>, all: &[&Pass]) {
         let shares: Vec<f64> = all.iter().map(|pass| millis(field(pass)) / pass.total().max(1e-9)).collect();
         let low = shares.iter().copied().fold(f64::INFINITY, f64::min);
         let high = shares.iter().copied().fold(0.0, f64::max);
-        ctx.check(
-            high == 0.0 || high - low > tolerance::SHARE_SPREAD * high,
-            format!("{name}: none, or not the same share of total_time in every call"),
-            format!("always {high}"),
-        );
+        let same = if high == 0.0 { 0.0 } else { low / high };
+        let what = format!("{name}: least over largest share of total_time, {high} the largest");
+        ctx.check_within(what, same, &tolerance::SHARE_SAME);
     }
 }
 
@@ -304,17 +294,17 @@ fn times_of(ctx: &mut Context<'_>, kind: &str, runs: &[Made]) {
         }
     }
     total.fit(ctx, &format!("{kind}: timing.total"), "the caller's clock");
-    total.own_up(ctx, &format!("{kind}: timing.total"), "the caller's clock", tolerance::TIME_OWNED);
+    total.own_up(ctx, &format!("{kind}: timing.total"), "the caller's clock", &tolerance::TIME_OWNED);
     ids.fit(ctx, &format!("{kind}: time_to_first_token and the ids after it"), "timing.total");
     first.fit(ctx, &format!("{kind}: time_to_first_token"), "timing.total");
     stages.fit(ctx, &format!("{kind}: prefill and decode"), "timing.total");
     prefill.fit(ctx, &format!("{kind}: prefill"), "time_to_first_token");
     let what = format!("{kind}: time_to_first_token and the ids after it");
-    whole.own_up(ctx, &what, "timing.total", tolerance::TIME_OWNED);
-    stages.own_up(ctx, &format!("{kind}: prefill and decode"), "timing.total", tolerance::STAGES_OWNED);
+    whole.own_up(ctx, &what, "timing.total", &tolerance::TIME_OWNED);
+    stages.own_up(ctx, &format!("{kind}: prefill and decode"), "timing.total", &tolerance::STAGES_OWNED);
     if kind.contains("long prompt") {
         let what = format!("{kind}: prefill");
-        prefill.own_up(ctx, &what, "time_to_first_token", tolerance::PREFILL_OF_FIRST);
+        prefill.own_up(ctx, &what, "time_to_first_token", &tolerance::PREFILL_OWNED);
     }
     let measured = runs.iter().any(|m| differ(m.result.timing.per_token.get(1..).unwrap_or_default()));
     ctx.check(measured, format!("{kind}: times of the ids that differ"), "all the same in every call");
@@ -327,6 +317,7 @@ fn beside_each_other(ctx: &mut Context<'_>, what: &str, many: &[Made], one: &[Ma
     let first = |made: &Made| millis(made.result.timing.time_to_first_token);
     let ratios: Vec<f64> = many.iter().zip(one).map(|(many, one)| first(many) / one.wall).collect();
     let what = format!("time_to_first_token of many ids after {what} over the time of a call for one id");
-    ctx.check_at_most(format!("{what}, lower quartile,"), percentile(&ratios, 0.25), tolerance::FIRST_FACTOR);
-    ctx.check_at_least(format!("{what}, upper quartile,"), percentile(&ratios, 0.75), 1.0 / tolerance::FIRST_FACTOR);
+    ctx.check_within(format!("{what}, lower quartile"), percentile(&ratios, 0.25), &tolerance::FIRST_TOKEN);
+    let what = format!("the other way round: {what}, upper quartile");
+    ctx.check_within(what, 1.0 / percentile(&ratios, 0.75), &tolerance::FIRST_TOKEN);
 }

@@ -9,10 +9,10 @@ use std::sync::Arc;
 pub(super) const FAULTS: &[Fault] = &[
     Fault::new(
         "last-row-of-five",
-        "rows are taken two by two, and from four on the odd one reads with the wrong stride",
+        "of five or seven rows taken two by two the odd one reads with the wrong stride",
         "microsoft/BitNet PR #521; aprender #2753",
         "batch/row_is_alone",
-        || Arc::new(Row(|batch, row| batch >= 5 && batch % 2 == 1 && row == batch - 1)),
+        || Arc::new(Row(|batch, row| [5, 7].contains(&batch) && row == batch - 1)),
     ),
     Fault::new(
         "rows-beyond-four",

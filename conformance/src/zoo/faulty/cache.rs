@@ -143,6 +143,13 @@ pub(super) const FAULTS: &[Fault] = &[
         "kv_cache/other_batch",
         || Arc::new(OtherBatchAccepted),
     ),
+    Fault::new(
+        "batch-kept-by-clear",
+        "a cleared cache stays one for as many sequences as before",
+        "KV-3, KV-9",
+        "kv_cache/other_batch",
+        || Arc::new(BatchKeptByClear),
+    ),
 ];
 
 /// The rows and columns of an input.
@@ -385,6 +392,23 @@ impl Deviation for LastPositionRefused {
         if cache.is_some() && end == engine.config.max_position_embeddings {
             let reason = format!("position {end} is the last");
             return Err(ForwardPassError::KVCacheError { operation: "append".to_string(), reason }.into());
+        }
+        engine.honest_forward(ids, cache)
+    }
+}
+
+/// The batch of a cache is fixed by its first use.
+struct BatchKeptByClear;
+
+impl Deviation for BatchKeptByClear {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, mut cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        let (batch, _) = shape(ids);
+        if let Some(cache) = cache.as_deref_mut().filter(|cache| cache.is_empty()) {
+            let before = engine.held(cache)?.sequences.len();
+            if before != 0 && before != batch {
+                let reason = format!("a cache of {before} sequences, and {batch} are given");
+                return Err(ForwardPassError::KVCacheError { operation: "append".to_string(), reason }.into());
+            }
         }
         engine.honest_forward(ids, cache)
     }

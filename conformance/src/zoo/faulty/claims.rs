@@ -1,7 +1,7 @@
 //! Faults of declarations: engines that say they cannot, and answer all the same.
 
 use super::super::Fault;
-use super::super::naive::{At, Deviation, Naive, Site};
+use super::super::naive::{At, Deviation, Honest, Naive, Site};
 use crate::backend::{Capabilities, CreateOptions};
 use bitnet_contracts::{InferenceOutput, KVCache, Result, Tensor};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "attention weights are given and not declared",
         "Bowtie miniatures: implementations that claim another dialect",
         "probe/attention_weights",
-        || Arc::new(AnyOption),
+        || Arc::new(AnyOutput),
     )
     .declaring(|mut c| {
         c.attention_weights = false;
@@ -34,7 +34,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "hidden states are given and not declared",
         "Bowtie miniatures",
         "probe/hidden_states",
-        || Arc::new(AnyOption),
+        || Arc::new(AnyOutput),
     )
     .declaring(|mut c| {
         c.hidden_states = false;
@@ -45,7 +45,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "any number of threads is taken, and no choice declared",
         "llama.cpp #163",
         "probe/threads",
-        || Arc::new(AnyOption),
+        || Arc::new(AnyOutput),
     )
     .declaring(|mut c| {
         c.threads = false;
@@ -56,7 +56,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "an instruction set that nobody has is taken without a word",
         "llama-bench #25547: the backend that was asked for is reported, not the one that ran",
         "probe/instruction_sets",
-        || Arc::new(AnyOption),
+        || Arc::new(AnyInstructionSet),
     )
     .declaring(|c| c.with_instruction_sets(Vec::<String>::new())),
     Fault::new(
@@ -107,12 +107,22 @@ impl Deviation for UndeclaredBatch {
     }
 }
 
-/// Takes whatever is asked for.
-struct AnyOption;
+/// Takes outputs and threads whatever is declared.
+struct AnyOutput;
 
-impl Deviation for AnyOption {
-    fn options(&self, options: &CreateOptions, _: &Capabilities) -> Result<CreateOptions> {
-        Ok(options.clone())
+impl Deviation for AnyOutput {
+    fn options(&self, options: &CreateOptions, declared: &Capabilities) -> Result<CreateOptions> {
+        let everything = declared.clone().with_attention_weights().with_hidden_states().with_threads();
+        Honest.options(options, &everything)
+    }
+}
+
+/// Takes instruction sets of any name.
+struct AnyInstructionSet;
+
+impl Deviation for AnyInstructionSet {
+    fn options(&self, options: &CreateOptions, declared: &Capabilities) -> Result<CreateOptions> {
+        Honest.options(options, &declared.clone().with_instruction_sets(options.isa.clone()))
     }
 }
 

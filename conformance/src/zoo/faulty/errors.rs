@@ -146,6 +146,22 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(Mended(|config| config.stop_tokens.retain(|&token| token < 100))),
     ),
     Fault::new(
+        "negative-zero-refused",
+        "a temperature of -0 is refused as negative",
+        "clause ERR-6; IEEE 754: -0 = 0",
+        "errors/generation_config",
+        || {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
+                if config.temperature == 0.0 && config.temperature.is_sign_negative() {
+                    let (parameter, valid_range) = ("temperature".to_string(), "0 or more".to_string());
+                    let value = config.temperature.to_string();
+                    return Err(ConfigurationError::InvalidParameter { parameter, value, valid_range }.into());
+                }
+                engine.honest_generate(prompt, max_tokens, config)
+            }))
+        },
+    ),
+    Fault::new(
         "max-new-overflows",
         "prompt and max_new_tokens are added without a look at their size",
         "clause ERR-6",

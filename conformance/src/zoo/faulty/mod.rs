@@ -7,6 +7,7 @@ mod claims;
 mod concurrency;
 mod determinism;
 mod errors;
+mod extent;
 mod files;
 mod generation;
 mod numbers;
@@ -79,6 +80,7 @@ pub fn all() -> Vec<Fault> {
         ("state", state::FAULTS),
         ("determinism", determinism::FAULTS),
         ("batch", batch::FAULTS),
+        ("extent", extent::FAULTS),
         ("concurrency", concurrency::FAULTS),
     ];
     classes

@@ -1,7 +1,7 @@
 //! Faults of what goes in and comes out: shapes, id types, optional outputs, and what an engine says of itself.
 
 use super::super::Fault;
-use super::super::naive::{At, Deviation, Naive, Weights};
+use super::super::naive::{At, Deviation, Honest, Naive, Weights};
 use super::forward;
 use crate::backend::{Capabilities, CreateOptions};
 use bitnet_contracts::{
@@ -25,6 +25,19 @@ pub(super) const FAULTS: &[Fault] = &[
                     output.logits = output.logits.transpose(0, 1)?;
                 }
                 Ok(output)
+            }))
+        },
+    ),
+    Fault::new(
+        "rows-of-two-cut",
+        "of rows of two ids the second is dropped: logits of one position come back",
+        "SPEC.md SHP-1",
+        "shape/logits",
+        || {
+            Arc::new(Forward(|engine, ids, cache| {
+                let pairs = cache.is_none() && ids.dims().len() == 2 && ids.dim(0)? > 1 && ids.dim(1)? == 2;
+                let ids = if pairs { &ids.narrow(1, 0, 1)? } else { ids };
+                engine.honest_forward(ids, cache)
             }))
         },
     ),
@@ -284,8 +297,8 @@ impl Deviation for Attention {
 struct AlwaysHidden;
 
 impl Deviation for AlwaysHidden {
-    fn options(&self, options: &CreateOptions, _: &Capabilities) -> Result<CreateOptions> {
-        Ok(options.clone().with_hidden_states())
+    fn options(&self, options: &CreateOptions, declared: &Capabilities) -> Result<CreateOptions> {
+        Ok(Honest.options(options, declared)?.with_hidden_states())
     }
 }
 

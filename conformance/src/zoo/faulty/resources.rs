@@ -14,12 +14,22 @@ pub(super) const FAULTS: &[Fault] = &[
     memory("weights-not-counted", "model_weights is a fortieth of the weights", "memory/figures_fit_together", |u| {
         u.model_weights /= 40;
     }),
+    memory("fragmentation-in-percent", "fragmentation_ratio is a percentage", "memory/figures_fit_together", |u| {
+        u.fragmentation_ratio = 12.5;
+    }),
     memory("usage-zero", "memory_usage() is zero", "memory/figures_fit_together", |u| *u = MemoryUsage::default()),
     memory("usage-inflated", "ten megabytes are claimed that nobody holds", "memory/resident", |u| {
         for bytes in [&mut u.model_weights, &mut u.current_usage, &mut u.peak_usage] {
             *bytes += 10 << 20;
         }
     }),
+    Fault::new(
+        "session-scratch-not-counted",
+        "every session holds 128 KiB of scratch that no figure counts",
+        "MEM-3",
+        "memory/resident",
+        || Arc::new(SessionScratch),
+    ),
     Fault::with(
         "cache-not-reported",
         "the metrics of a pass never count the cache",
@@ -73,6 +83,18 @@ const fn memory(name: &'static str, what: &'static str, killer: &'static str, ch
 /// Bytes that nobody will ever free.
 fn leak(bytes: usize) {
     std::mem::forget(std::hint::black_box(vec![1u8; bytes]));
+}
+
+struct SessionScratch;
+
+impl Deviation for SessionScratch {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, mut cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        let output = engine.honest_forward(ids, cache.as_deref_mut());
+        if let (Ok(_), Some(cache)) = (&output, cache) {
+            engine.held(cache)?.scratch = vec![1; 1 << 17];
+        }
+        output
+    }
 }
 
 struct LeakPerCall;

@@ -401,6 +401,9 @@ impl Deviation for StaleScratch {
     }
 }
 
+/// A session that began with a single token, and has no page that a generation might take.
+const UNPAGED: u64 = u64::MAX;
+
 /// The end of a session at the first decode step after a generation of the same engine.
 #[derive(Default)]
 struct GenerationClobbers(Mutex<HashMap<usize, u64>>);
@@ -410,15 +413,18 @@ impl Deviation for GenerationClobbers {
         let made = lock(&self.0).get(&address(engine)).copied().unwrap_or(0);
         if let Some(cache) = cache.as_deref_mut().filter(|c| !c.is_empty() && shape(ids).1 == 1) {
             let held = engine.held(cache)?;
-            if held.note != made {
+            if held.note != made && held.note != UNPAGED {
                 for values in held.sequences.iter_mut().filter_map(|s| s.values.first_mut()) {
                     values.iter_mut().rev().take(8).for_each(|v| *v = 0.0);
                 }
             }
         }
+        let begins = length(cache.as_deref()) == 0;
         let output = engine.honest_forward(ids, cache.as_deref_mut())?;
         if let Some(cache) = cache {
-            engine.held(cache)?.note = made;
+            let held = engine.held(cache)?;
+            let unpaged = if begins { shape(ids).1 == 1 } else { held.note == UNPAGED };
+            held.note = if unpaged { UNPAGED } else { made };
         }
         Ok(output)
     }

@@ -14,9 +14,19 @@ pub(super) const FAULTS: &[Fault] = &[
         "generation/text",
         || Arc::new(Text(|tokenizer, tokens| tokens.iter().map(|&t| decode(tokenizer, &[t], true)).collect())),
     ),
-    Fault::new("text-with-special", "special tokens stand in the text", "clause GEN-11", "generation/text", || {
-        Arc::new(Text(|tokenizer, tokens| decode(tokenizer, tokens, false)))
-    }),
+    Fault::new(
+        "text-cut-at-special",
+        "the text ends at its first special token",
+        "clause GEN-11",
+        "generation/text",
+        || {
+            Arc::new(Text(|tokenizer, tokens| {
+                let special = |token: &u32| decode(tokenizer, &[*token], true).is_empty();
+                let end = tokens.iter().position(|t| special(t) && !decode(tokenizer, &[*t], false).is_empty());
+                decode(tokenizer, &tokens[..end.unwrap_or(tokens.len())], true)
+            }))
+        },
+    ),
     Fault::new(
         "text-trimmed",
         "white space at the ends of the text is cut off",

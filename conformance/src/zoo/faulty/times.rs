@@ -21,9 +21,13 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(SlowDecode),
     )
     .only(SLOW),
-    Fault::new("slow-first-token", "every generation first waits 600 ms", "SLA-2", "sla/time_to_first_token", || {
-        Arc::new(SlowStart)
-    })
+    Fault::new(
+        "slow-first-token",
+        "a greedy generation first waits 600 ms",
+        "SLA-2",
+        "sla/time_to_first_token",
+        || Arc::new(SlowStart),
+    )
     .only(SLOW),
     Fault::new(
         "slow-late-tokens",
@@ -125,7 +129,7 @@ impl Deviation for SlowStart {
         max_tokens: usize,
         config: &GenerationConfig,
     ) -> Result<GenerationResult> {
-        let wait = Duration::from_millis(600);
+        let wait = Duration::from_millis(if config.do_sample { 0 } else { 600 });
         std::thread::sleep(wait);
         let mut result = engine.honest_generate(prompt, max_tokens, config)?;
         for time in [&mut result.timing.total, &mut result.timing.prefill, &mut result.timing.time_to_first_token] {

@@ -166,6 +166,14 @@ pub(super) const FAULTS: &[Fault] = &[
         Arc::new(Dot(in_f16))
     }),
     forward(
+        "float-sums-in-f16",
+        "fp32 semantics: products are summed in half precision",
+        "SPEC.md NUM-5",
+        "numerics/saturated_sums",
+        || Arc::new(FloatDotInF16),
+    )
+    .fp32(),
+    forward(
         "sign-of-minus-128",
         "codes reach from -128 to 127, and -128 times -1 is -128",
         "ggml #1393",
@@ -370,6 +378,15 @@ fn in_lanes(trits: &[i8], codes: &[i16], add: fn(i16, i16) -> i16) -> i32 {
         lanes[i % 16] = add(lanes[i % 16], (i16::from(t) + 1) * c);
     }
     lanes.iter().map(|&lane| i32::from(lane)).sum::<i32>() - codes.iter().map(|&c| i32::from(c)).sum::<i32>()
+}
+
+struct FloatDotInF16;
+
+impl Deviation for FloatDotInF16 {
+    fn dot_float(&self, _: &At<'_>, trits: &[i8], x: &[f32]) -> f32 {
+        let half = |x: f32| f16::from_f32(x).to_f32();
+        trits.iter().zip(x).fold(0.0, |sum, (&t, &x)| half(sum + f32::from(t) * x))
+    }
 }
 
 fn in_f16(trits: &[i8], codes: &[i16]) -> i32 {

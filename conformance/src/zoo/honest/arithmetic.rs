@@ -38,6 +38,7 @@ pub(super) const VARIANTS: &[HonestVariant] = &[
     variant("sums-reversed", "float32 sums from the last term on", Semantics::W158A8, || Arc::new(Sums(reversed))),
     variant("sums-pairwise", "float32 sums of halves", Semantics::W158A8, || Arc::new(Sums(pairwise))),
     variant("sums-in-lanes", "float32 sums in eight lanes", Semantics::W158A8, || Arc::new(Sums(in_lanes))),
+    variant("sums-in-order-fp32", "float32 sums from the first term on", Semantics::Fp32, || Arc::new(Sums(in_order))),
     variant("sums-pairwise-fp32", "float32 sums of halves", Semantics::Fp32, || Arc::new(Sums(pairwise))),
     variant("sums-in-lanes-fp32", "float32 sums in eight lanes", Semantics::Fp32, || Arc::new(Sums(in_lanes))),
     variant("one-division", "the activation factor is one division", Semantics::W158A8, || Arc::new(OneDivision)),

@@ -36,6 +36,7 @@ pub(super) const VARIANTS: &[HonestVariant] = &[
     variant("no-own-eos", "with no eos_token_id given, no token is the end of sequence", || Arc::new(NoOwnEos)),
     variant("eos-added", "an eos_token_id given is one more beside the model's own", || Arc::new(EosAdded)),
     variant("keeps-stop-text", "the tokens of a stop text stay in the output", || Arc::new(KeepsStopText)),
+    variant("text-with-special", "special tokens are written out in the text", || Arc::new(TextWithSpecial)),
     variant("max-total-is-max-tokens", "max_total_tokens is reported as MaxTokens", || Arc::new(TotalIsMaxTokens)),
 ];
 
@@ -159,6 +160,14 @@ struct EosAdded;
 impl Deviation for EosAdded {
     fn end_of_sequence(&self, config: &GenerationConfig, own: &[u32]) -> Vec<u32> {
         config.eos_token_id.into_iter().chain(own.iter().copied()).collect()
+    }
+}
+
+struct TextWithSpecial;
+
+impl Deviation for TextWithSpecial {
+    fn text(&self, tokenizer: &tokenizers::Tokenizer, tokens: &[u32]) -> String {
+        tokenizer.decode(tokens, false).unwrap_or_default()
     }
 }
 

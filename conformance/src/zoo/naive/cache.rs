@@ -44,6 +44,8 @@ pub struct NaiveCache {
     pub sequences: Vec<Sequence>,
     /// What a deviation keeps beside them.
     pub note: u64,
+    /// Bytes that a deviation holds beside them and does not count.
+    pub scratch: Vec<u8>,
     /// What truncation does instead, for deviations that truncate in another way.
     pub on_truncate: Option<fn(&mut [Sequence], usize)>,
 }

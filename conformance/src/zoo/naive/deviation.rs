@@ -168,8 +168,9 @@ pub trait Deviation: Send + Sync + 'static {
 
     /// One output of a ternary product in integers.
     fn dot(&self, at: &At<'_>, row: usize, trits: &[i8], codes: &[i16]) -> i32 {
-        // Sixteen bits by sixteen: vector units multiply and add such pairs in one step.
-        trits.iter().zip(codes).map(|(&t, &c)| i32::from(i16::from(t)) * i32::from(c)).sum()
+        // Sixteen bits by sixteen: vector units multiply and add such pairs in one step, unless each sum is checked.
+        let product = |t: i8, c: i16| i32::from(i16::from(t)).wrapping_mul(i32::from(c));
+        trits.iter().zip(codes).fold(0, |sum: i32, (&t, &c)| sum.wrapping_add(product(t, c)))
     }
 
     /// From the integer to the real product.
@@ -179,7 +180,7 @@ pub trait Deviation: Send + Sync + 'static {
 
     /// One output of a ternary product in floats, before the scale.
     fn dot_float(&self, at: &At<'_>, trits: &[i8], x: &[f32]) -> f32 {
-        trits.iter().zip(x).map(|(&t, &v)| f64::from(t) * f64::from(v)).sum::<f64>() as f32
+        super::forward::dot(trits, x)
     }
 
     /// The outputs of a whole projection.

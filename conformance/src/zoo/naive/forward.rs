@@ -53,9 +53,15 @@ pub fn unstable(place: &str) -> InferenceError {
     ForwardPassError::NumericalInstability { details: format!("NaN or infinity in {place}") }.into()
 }
 
-/// Sum of products in f64.
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>() as f32
+/// Sum of products in f64: eight sums side by side, for each addition waits for the one before it.
+pub fn dot<A: Copy + Into<f64>>(a: &[A], b: &[f32]) -> f32 {
+    let mut sums = [0.0; 8];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a.into() * f64::from(b);
+        }
+    }
+    sums.iter().sum::<f64>() as f32
 }
 
 impl Pass<'_> {
@@ -186,17 +192,17 @@ impl Pass<'_> {
         let mut out = vec![0.0f32; q.len()];
         for (h, (q, out)) in q.chunks_exact(size).zip(out.chunks_exact_mut(size)).enumerate() {
             let offset = d.kv_head(h, facts.heads, facts.kv_heads) * size;
-            let row = |rows: &[f32], j: usize| rows[j * stride + offset..][..size].to_vec();
+            let row = |j: usize| j * stride + offset..j * stride + offset + size;
             let scores: Vec<f64> = (0..held)
                 .map(|j| match d.sees(at, j) {
-                    true => f64::from(dot(q, &row(keys, j))) * d.attention_scale(size),
+                    true => f64::from(dot(q, &keys[row(j)])) * d.attention_scale(size),
                     false => f64::NEG_INFINITY,
                 })
                 .collect();
             let probabilities = d.softmax(at, &scores);
             for (j, p) in probabilities.iter().enumerate().filter(|(_, p)| **p != 0.0) {
-                for (o, v) in out.iter_mut().zip(row(values, j)) {
-                    *o += (*p * f64::from(v)) as f32;
+                for (o, v) in out.iter_mut().zip(&values[row(j)]) {
+                    *o += (*p * f64::from(*v)) as f32;
                 }
             }
             note(at.layer, &probabilities.iter().map(|&p| p as f32).collect::<Vec<_>>());
