@@ -11,9 +11,9 @@ mod oracle_backend;
 mod own_backends;
 
 use bitnet_contracts::{
-    BitNetInference, ConcurrentInferenceEngine, ConfigurationError, DType, Device, ForwardPassError, GenerationConfig,
-    GenerationResult, InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, ModelError, QuantizationType,
-    Result, Tensor, ThreadSafeInference,
+    BitNetInference, ConcurrentInferenceEngine, DType, Device, ForwardPassError, GenerationConfig, GenerationResult,
+    InferenceError, InferenceOutput, KVCache, MemoryUsage, ModelConfig, ModelError, QuantizationType, Result, Tensor,
+    ThreadSafeInference,
 };
 use conformance::invariance::{Axis, Invariance, Level, Standing, Summary};
 use conformance::report::Report;
@@ -90,7 +90,7 @@ impl BitNetInference for Engine {
                 return Err(ForwardPassError::InvalidInput { reason: "one at a time".to_string() }.into());
             }
             Lie::RefusesBatchOddly if batch > 1 => {
-                return Err(ConfigurationError::MissingParameter { parameter: "batch".to_string() }.into());
+                return Err(error());
             }
             _ => {}
         }

@@ -83,7 +83,7 @@ pub(super) const CHECKS: &[Check] = &[
     .tests(Axis::Runs),
 ];
 
-const SEEDS: [u64; 4] = [0, 1, 12345, u64::MAX];
+const SEEDS: [u64; 5] = [0, 1, 12345, u64::MAX, u32::MAX as u64];
 
 fn repeated_forward(ctx: &mut Context<'_>) -> CheckResult {
     let mut engine = ctx.engine()?;

@@ -3,12 +3,14 @@
 use super::process::{handles, held, memory, need};
 use super::slope::{Slope, slope};
 use super::support::{forward, generate, ids, plain, prompt, try_forward};
+use super::truth::{SMALL, Subject, synthetic};
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, Stop};
 use crate::measure;
 use crate::model::ModelFacts;
 use crate::tolerance::{self, Tolerance};
 use bitnet_contracts::{BitNetInference, GenerationConfig, KVCache, MemoryUsage};
+use fixtures::Spec;
 use std::time::{Duration, Instant};
 
 const MEMORY: Category = Category::Memory;
@@ -203,19 +205,38 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     let factor = (grown - tolerance::SESSION_SLACK.limit()) / claimed as f64;
     ctx.check_within(what, factor, &tolerance::SESSION_FACTOR);
     // Engines likewise, by what they say they hold.
-    let (mut engines, mut series) = (vec![ctx.engine()?, ctx.engine()?], vec![need(held())?]);
-    for _ in 0..6 {
-        engines.push(ctx.engine()?);
-        series.push(need(held())?);
-    }
-    let taken = slope(&series, 1.0);
-    ctx.timing("engine_growth_bytes", taken.middle);
-    let claimed = engines[0].memory_usage().total_footprint() as f64;
     let tokenizer = facts.has_tokenizer && ctx.capabilities().tokenizer;
     let besides = if tokenizer { &tolerance::TOKENIZER_SLACK } else { &tolerance::ENGINE_SLACK };
-    let what = format!("another engine takes {} bytes, lower 99 % bound, and says {claimed}", taken.low);
-    ctx.check_within(what, (taken.low - besides.limit()) / claimed, &tolerance::ENGINE_FACTOR);
+    let series = engines(|| ctx.engine())?;
+    engines_say_what_they_take(ctx, "another engine", besides, &series);
+    // Where a head of its own is most of a model.
+    let spec = Spec { vocab: 20_000, layers: 1, ..SMALL };
+    let subject = Subject::write(ctx, "own-head", &synthetic(ctx, "own-head", &spec)?)?;
+    let series = engines(|| subject.engine(ctx))?;
+    engines_say_what_they_take(ctx, "another engine with a head of its own", &tolerance::ENGINE_SLACK, &series);
     Ok(())
+}
+
+/// What the process holds after each of some engines, and what the first of them says that it holds.
+fn engines(make: impl Fn() -> Result<Box<dyn BitNetInference>, Stop>) -> Result<(Vec<f64>, f64), Stop> {
+    let (mut engines, mut series) = (vec![make()?, make()?], vec![need(held())?]);
+    for _ in 0..6 {
+        engines.push(make()?);
+        series.push(need(held())?);
+    }
+    Ok((series, engines[0].memory_usage().total_footprint() as f64))
+}
+
+fn engines_say_what_they_take(
+    ctx: &mut Context<'_>,
+    what: &str,
+    besides: &tolerance::Tolerance,
+    (series, claimed): &(Vec<f64>, f64),
+) {
+    let taken = slope(series, 1.0);
+    ctx.timing(&format!("growth_bytes_of_{}", what.replace(' ', "_")), taken.middle);
+    let what = format!("{what} takes {} bytes, lower 99 % bound, and says {claimed}", taken.low);
+    ctx.check_within(what, (taken.low - besides.limit()) / claimed, &tolerance::ENGINE_FACTOR);
 }
 
 /// The time that the calls of one slope may take.

@@ -45,7 +45,6 @@ pub fn all() -> Vec<Check> {
         models::CHECKS,
         causality::CHECKS,
         kv_cache::CHECKS,
-        extent::CHECKS,
         determinism::CHECKS,
         batch::CHECKS,
         generation::CHECKS,
@@ -57,6 +56,7 @@ pub fn all() -> Vec<Check> {
         concurrency::CHECKS,
         memory::CHECKS,
         sla::CHECKS,
+        extent::CHECKS,
     ]
     .concat();
     all.sort_by_key(|check| check.category);

@@ -207,7 +207,6 @@ fn attempt(runner: &Runner, task: &Task) -> Found {
         let case = Case { id, backend: task.backend.clone(), model: model.clone(), check, lacks };
         let result = runner.run(&case);
         let outcome = result.outcome;
-        outcome.duration_s;
         let failure = outcome.failures.first().map(|f| format!("expected {}, seen {} ({})", f.expected, f.seen, f.at));
         let reason = outcome.reason.into_iter().chain(failure).collect::<Vec<_>>().join("; ");
         let caught = matches!(task.of, Of::Fault(_)) && is_kill(outcome.verdict);

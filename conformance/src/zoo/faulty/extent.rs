@@ -3,7 +3,10 @@
 use super::super::Fault;
 use super::super::naive::{At, Deviation, Honest, Naive, Weights};
 use crate::case::Category;
-use bitnet_contracts::{FinishReason, GenerationConfig, GenerationResult, InferenceOutput, KVCache, Result, Tensor};
+use bitnet_contracts::{
+    BitNetInference, FinishReason, GenerationConfig, GenerationResult, InferenceOutput, KVCache, MemoryError, Result,
+    Tensor,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -95,6 +98,14 @@ pub(super) const FAULTS: &[Fault] = &[
     )
     .only(&[Category::Concurrency]),
     Fault::new(
+        "permit-kept-by-errors",
+        "of sixteen permits a refused call gives none back, and without one nothing is generated",
+        "CON-5: a guard that only the good path drops",
+        "concurrency/many_callers",
+        || Arc::new(PermitKept::default()),
+    )
+    .only(&[Category::Concurrency]),
+    Fault::new(
         "top-k-of-64",
         "a top_k above 64 is taken for 64",
         "GPU samplers with one warp's worth of candidates (FlashInfer, TensorRT-LLM)",
@@ -121,7 +132,7 @@ struct PiecePastItsPage;
 impl Deviation for PiecePastItsPage {
     fn remember(&self, at: &At<'_>, values: &mut [f32]) {
         let start = at.call.start;
-        if start % 64 != 0 && at.position / 64 > start / 64 {
+        if !start.is_multiple_of(64) && at.position / 64 > start / 64 {
             values.fill(0.0);
         }
     }
@@ -242,6 +253,28 @@ impl Deviation for TenCallers {
         changed.seed = config.seed.map(|seed| if before >= 10 { seed + 1 } else { seed });
         let result = engine.honest_generate(prompt, max_tokens, &changed);
         self.present.fetch_sub(1, Ordering::SeqCst);
+        result
+    }
+}
+
+#[derive(Default)]
+struct PermitKept {
+    kept: AtomicU64,
+}
+
+impl Deviation for PermitKept {
+    fn generate_concurrent(
+        &self,
+        engine: &Naive,
+        prompt: &[u32],
+        max_tokens: usize,
+        config: &GenerationConfig,
+    ) -> Result<GenerationResult> {
+        if self.kept.load(Ordering::SeqCst) >= 16 {
+            return Err(MemoryError::PoolExhausted { pool_type: "callers".to_string() }.into());
+        }
+        let result = engine.copy().generate(prompt, max_tokens, config);
+        self.kept.fetch_add(u64::from(result.is_err()), Ordering::SeqCst);
         result
     }
 }

@@ -1,11 +1,12 @@
 //! Faults of memory: figures that are not true, and what is left behind.
 
 use super::super::Fault;
-use super::super::naive::{Deviation, Naive};
+use super::super::naive::{Deviation, Naive, Weights};
 use bitnet_contracts::{
     BitNetInference, GenerationConfig, GenerationResult, InferenceOutput, KVCache, MemoryUsage, Result, Tensor,
 };
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub(super) const FAULTS: &[Fault] = &[
     memory("peak-below-current", "the peak is less than what is held", "memory/figures_fit_together", |u| {
@@ -29,6 +30,13 @@ pub(super) const FAULTS: &[Fault] = &[
         "MEM-3",
         "memory/resident",
         || Arc::new(SessionScratch),
+    ),
+    Fault::new(
+        "own-head-not-counted",
+        "the weights that are told leave out a head that is not the embedding",
+        "MEM-3",
+        "memory/resident",
+        || Arc::new(OwnHeadNotCounted::default()),
     ),
     Fault::with(
         "cache-not-reported",
@@ -94,6 +102,22 @@ impl Deviation for SessionScratch {
             engine.held(cache)?.scratch = vec![1; 1 << 17];
         }
         output
+    }
+}
+
+/// Bytes of the model's own head.
+#[derive(Default)]
+struct OwnHeadNotCounted(AtomicUsize);
+
+impl Deviation for OwnHeadNotCounted {
+    fn weights(&self, weights: &mut Weights) {
+        self.0.store(4 * weights.head.as_ref().map_or(0, Vec::len), Ordering::Relaxed);
+    }
+
+    fn memory(&self, usage: &mut MemoryUsage) {
+        let head = self.0.load(Ordering::Relaxed);
+        usage.model_weights -= head;
+        usage.current_usage -= head;
     }
 }
 
