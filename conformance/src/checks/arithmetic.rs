@@ -78,7 +78,7 @@ fn fill(model: &mut Model, part: &str, value: f32) -> CheckResult {
 fn saturated_sums(ctx: &mut Context<'_>) -> CheckResult {
     const WIDE: usize = 8704;
     let spec = Spec { ffn: WIDE, layers: 1, heads: 2, vocab: 16, ..SMALL };
-    let mut model = synthetic(ctx, "saturated", &spec)?;
+    let mut model = synthetic(ctx, "with-codes-of-127", &spec)?;
     set_trits(&mut model, "proj", |_, _| 1)?;
     set_trits(&mut model, "down_proj", |row, column| match row % 4 {
         0 => 1,
@@ -92,7 +92,7 @@ fn saturated_sums(ctx: &mut Context<'_>) -> CheckResult {
     // A sum of all ones comes out as one half, beside the 1 of the embedding and what attention adds.
     fill(&mut model, "o_proj.weight_scale", 0.25 / 32.0)?;
     fill(&mut model, "down_proj.weight_scale", 0.5 / WIDE as f32)?;
-    hold_within(ctx, "saturated", &model, &[&[0], &[5, 9, 3]], &tolerance::FP32_LONG_SUM)
+    hold_within(ctx, "with-codes-of-127", &model, &[&[0], &[5, 9, 3]], &tolerance::FP32_LONG_SUM)
 }
 
 /// Rows of the embedding that are zero, and so small that the quantiser's floor of 1e-5 decides their codes.

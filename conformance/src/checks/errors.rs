@@ -361,12 +361,15 @@ fn engine_goes_on(ctx: &mut Context<'_>) -> CheckResult {
     let tokens = prompt(ctx.facts(), 6, 570);
     let logits = logits_of(engine.as_mut(), &tokens)?;
     let made = generate(engine.as_mut(), &tokens, 5, &super::support::plain(8))?.generated_tokens;
-    let errors = triggers(ctx, engine.as_mut())?;
-    ctx.check_eq("calls that were refused", errors.len(), 9);
-    let after = logits_of(engine.as_mut(), &tokens)?;
-    ctx.check_bits("logits after nine refused calls", &after.data, &logits.data);
-    let after = generate(engine.as_mut(), &tokens, 5, &super::support::plain(8))?.generated_tokens;
-    ctx.check_slices("tokens after nine refused calls", &after, &made);
+    // So often that a pool of slots, permits or sessions is empty if refused calls keep what they took.
+    for time in 1..=20 {
+        let errors = triggers(ctx, engine.as_mut())?;
+        ctx.check_eq(format!("calls that were refused, time {time}"), errors.len(), 9);
+        let after = logits_of(engine.as_mut(), &tokens)?;
+        ctx.check_bits(format!("logits after nine refused calls, time {time}"), &after.data, &logits.data);
+        let after = generate(engine.as_mut(), &tokens, 5, &super::support::plain(8))?.generated_tokens;
+        ctx.check_slices(format!("tokens after nine refused calls, time {time}"), &after, &made);
+    }
     Ok(())
 }
 

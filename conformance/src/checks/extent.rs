@@ -268,11 +268,21 @@ fn many_callers(ctx: &mut Context<'_>) -> CheckResult {
     for (tokens, config) in &asked {
         alone.push(generate(engine.as_mut(), tokens, 12, config)?.generated_tokens);
     }
-    // What is refused gives back what it was given.
+    // What is refused gives back what it was given, at whatever point it is refused.
     let beyond = [subject.facts().vocab_size as u32];
-    for call in 0..2 * CALLERS {
-        let refused = shared.generate_concurrent(&beyond, 1, &plain(0)).is_err();
-        ctx.check(refused, format!("call {call} with an id beyond the vocabulary fails"), "it did not");
+    let long = prompt(subject.facts(), subject.facts().max_positions + 1, 991);
+    let wrong = GenerationConfig { temperature: f32::NAN, ..plain(0) };
+    let kinds: [(&str, &[u32], &GenerationConfig); 4] = [
+        ("an id beyond the vocabulary", &beyond, &plain(0)),
+        ("no ids", &[], &plain(0)),
+        ("more ids than the context holds", &long, &plain(0)),
+        ("a temperature that is no number", &[3], &wrong),
+    ];
+    for (what, tokens, config) in kinds {
+        for call in 1..=CALLERS {
+            let refused = shared.generate_concurrent(tokens, 1, config).is_err();
+            ctx.check(refused, format!("call {call} with {what} fails"), "it did not");
+        }
     }
     let start = Barrier::new(CALLERS);
     let ask = |(tokens, config): &(Vec<u32>, GenerationConfig)| {

@@ -62,7 +62,7 @@ fn telling_sign(
 ) -> Result<(Vec<u32>, Vec<f32>, GenerationConfig, f64), Stop> {
     let mut best: Option<(Vec<u32>, Vec<f32>, GenerationConfig, f64)> = None;
     for i in 0..16 {
-        let tokens = prompt(ctx.facts(), 24, salt + 100 + i);
+        let tokens = prompt(ctx.facts(), 12, salt + 100 + i);
         let logits = logits_of(engine, &tokens)?.last(0).to_vec();
         let seen = |t: usize| tokens.contains(&(t as u32));
         let divided: Vec<f32> =
@@ -86,7 +86,7 @@ fn repetition_penalty(ctx: &mut Context<'_>) -> CheckResult {
     for (penalty, salt) in [(3.0f32, 3500), (0.4, 3600)] {
         // A token four times over: its penalty is the same however often it was seen.
         let (tokens, logits) = likely_first(engine.as_mut(), |i| {
-            let words = prompt(ctx.facts(), 20, salt + i);
+            let words = prompt(ctx.facts(), 6, salt + i);
             [&[words[0]; 3], words.as_slice()].concat()
         })?;
         let base = GenerationConfig { repetition_penalty: penalty, ..plain(0) };

@@ -119,8 +119,8 @@ pub(super) fn rate(ctx: &mut Context<'_>, what: &str, n: usize, hits: usize, p: 
     let surprise = surprise(n, hits, p.min(1.0 - 1e-12));
     ctx.check_chance(
         surprise <= limit,
-        format!("{what}: about {:.1} of {n}", p * n as f64),
-        format!("{hits}, which has a probability below e^-{surprise:.1}"),
+        format!("{what}: about {:.1} of {n} draws", p * n as f64),
+        format!("{hits} of them, which has a probability below e^-{surprise:.1}"),
     );
 }
 

@@ -32,6 +32,8 @@ pub struct FaultRow {
     pub killer: String,
     /// The checks that caught it and by what verdict.
     pub kills: BTreeMap<String, Verdict>,
+    /// The checks that it was tried on and that did not catch it. On the others it was not tried.
+    pub passed: BTreeSet<String>,
 }
 
 /// One honest backend and the cases that blamed it.
@@ -101,6 +103,7 @@ impl Proof {
         less.checks.retain(|c| c != check);
         for fault in &mut less.faults {
             fault.kills.remove(check);
+            fault.passed.remove(check);
         }
         less
     }

@@ -15,7 +15,7 @@ use crate::model::Model;
 use crate::run::Runner;
 use crate::suite::Case;
 use crate::verdict::Verdict;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -180,6 +180,7 @@ fn fault_row(fault: &Fault) -> FaultRow {
         source: fault.source.to_string(),
         killer: fault.killer.to_string(),
         kills: BTreeMap::new(),
+        passed: BTreeSet::new(),
     }
 }
 
@@ -227,9 +228,12 @@ fn record(proof: &mut Proof, task: &Task, found: Found) {
     for (id, verdict, reason) in found.cases {
         match task.of {
             Of::Fault(i) if is_kill(verdict) => {
+                proof.faults[i].passed.remove(found.name);
                 proof.faults[i].kills.insert(found.name.to_string(), verdict);
             }
-            Of::Fault(_) => {}
+            Of::Fault(i) => {
+                proof.faults[i].passed.insert(found.name.to_string());
+            }
             Of::Honest(i) => {
                 let row = &mut proof.honest[i];
                 match verdict {

@@ -54,7 +54,7 @@ struct Row<'a> {
 #[derive(Serialize)]
 struct Cell {
     /// `kill`, `only` for the one kill of a fault, either with `named` for the check that is there for it; `missed` where
-    /// that check did not see it; empty for nothing.
+    /// that check did not see it; `untried` where the fault was not tried on the check; empty for nothing.
     class: String,
     words: &'static str,
 }
@@ -112,9 +112,14 @@ fn row<'a>(fault: &'a FaultRow, checks: &[String]) -> Row<'a> {
                 if named { format!("{kind} named") } else { kind.to_string() }
             }
             (false, true) => "missed".to_string(),
-            (false, false) => String::new(),
+            (false, false) if fault.passed.contains(check) => String::new(),
+            (false, false) => "untried".to_string(),
         };
-        Cell { class, words: fault.kills.get(check).map_or("not seen", |verdict| Verdict::words(*verdict)) }
+        let words = match class.as_str() {
+            "untried" => "not tried",
+            _ => fault.kills.get(check).map_or("not seen", |verdict| Verdict::words(*verdict)),
+        };
+        Cell { class, words }
     };
     Row {
         name: &fault.name,
