@@ -55,7 +55,7 @@ pub(super) const CHECKS: &[Check] = &[
         "MEM-6",
         "memory/nothing_left_by_copies",
         MEMORY,
-        "a dropped thread-local copy leaves no memory behind",
+        "dropped thread-local copies and calls of generate_concurrent leave no memory behind",
         nothing_left_by_copies,
     )
     .needs(Capability::ThreadSafe)
@@ -375,9 +375,13 @@ fn nothing_left_by_copies(ctx: &mut Context<'_>) -> CheckResult {
         let mut copy = shared.thread_local_copy()?;
         forward(copy.as_mut(), std::slice::from_ref(&tokens), None)?;
         generate(copy.as_mut(), &tokens, 1, &plain(serial))?;
-        shared.generate_concurrent(&tokens, 1, &plain(serial))?;
         Ok(())
     })?;
     no_growth(ctx, "copy", "a thread-local copy that was dropped", seen, (&tolerance::LEAK_PER_COPY, 1.0));
+    let seen = growth(tolerance::LEAK_PER_COPY.limit(), 21, 10, |serial| {
+        shared.generate_concurrent(&prompt(ctx.facts(), 2, 1_500_000 + serial), 1, &plain(serial))?;
+        Ok(())
+    })?;
+    no_growth(ctx, "concurrent_call", "a call of generate_concurrent", seen, (&tolerance::LEAK_PER_COPY, 1.0));
     Ok(())
 }

@@ -19,6 +19,7 @@ mod kv_cache;
 mod memory;
 mod models;
 mod numerics;
+mod paths;
 mod penalties;
 pub mod probes;
 mod process;
@@ -57,6 +58,7 @@ pub fn all() -> Vec<Check> {
         memory::CHECKS,
         sla::CHECKS,
         extent::CHECKS,
+        paths::CHECKS,
     ]
     .concat();
     all.sort_by_key(|check| check.category);

@@ -21,6 +21,15 @@ pub(super) const CHECKS: &[Check] = &[
     )
     .on(ModelSet::Only(EDIT_MODEL))
     .needs(Capability::Tokenizer),
+    Check::new(
+        "GEN-6",
+        "generation/stop_texts_of_any_length",
+        GENERATION,
+        "stop texts of one byte to many tokens, repetitive ones and the last of many included, end generation where they first appear",
+        stop_texts_of_any_length,
+    )
+    .on(ModelSet::Only(EDIT_MODEL))
+    .needs(Capability::Tokenizer),
     Check::new("GEN-11", "generation/text", GENERATION, "generated_text is the tokenizer's text of the tokens", text)
         .long()
         .on(ModelSet::Where(|f| f.has_tokenizer))
@@ -253,6 +262,61 @@ fn stop_sequence(ctx: &mut Context<'_>) -> CheckResult {
     }
     if found.len() < 3 {
         return Err(Stop::Inconclusive(format!("stop texts were found of these kinds only: {found:?}")));
+    }
+    Ok(())
+}
+
+/// Texts drawn from two letters, in which whatever stops them has begun in vain before, and stop texts that they hold.
+fn stop_texts_of_any_length(ctx: &mut Context<'_>) -> CheckResult {
+    let model = small_text_model(ctx)?;
+    let tokenizer = tokenizer(&model)?;
+    let mut engine = ctx.factory().create(&model)?;
+    for seed in 0..5 {
+        let tokens = [LETTER, LETTER + 1];
+        let config = from_the_prompt(tokens.len(), 60 + seed);
+        let full = generate(engine.as_mut(), &tokens, config.max_new_tokens, &config)?.generated_tokens;
+        let text = decode(&tokenizer, &full)?;
+        if text.len() != full.len() {
+            return Err(Stop::Inconclusive(format!("{text:?} is not a letter a token")));
+        }
+        for length in [1, 2, 3, 5, 8, 12] {
+            // The last of those that appear here first: the likeliest to have begun before.
+            let starts = (1..=full.len() - length).rev();
+            let Some(at) = starts.into_iter().find(|at| text.find(&text[*at..at + length]) == Some(*at)) else {
+                continue;
+            };
+            let stop = text[at..at + length].to_string();
+            let mut stop_sequences: Vec<String> = (0..length * length).map(|i| format!("never {i}")).collect();
+            stop_sequences.push(stop.clone());
+            let config = GenerationConfig { stop_sequences, ..config.clone() };
+            let result = generate(engine.as_mut(), &tokens, config.max_new_tokens, &config)?;
+            let what = format!("stop text {stop:?} in {text:?}");
+            ctx.check_eq(format!("{what}: finish reason"), result.finish_reason, FinishReason::StopSequence);
+            let seen = &result.generated_tokens;
+            let (least, most) = (at, at + length);
+            ctx.check(
+                (least..=most).contains(&seen.len()),
+                format!("{what}: {least} to {most} tokens"),
+                format!("{} tokens", seen.len()),
+            );
+            let shared = seen.len().min(full.len());
+            ctx.check_slices(format!("{what}: tokens"), &seen[..shared], &full[..shared]);
+            ctx.check_eq(format!("{what}: text"), result.generated_text.as_str(), &text[..shared]);
+        }
+    }
+    // A character that only its second token completes.
+    for (second, character) in SECOND_OF_TWO.into_iter().zip(["é", "ß", "ñ"]) {
+        let tokens = [FIRST_OF_TWO, second];
+        let config = from_the_prompt(tokens.len(), 70 + u64::from(second));
+        let full = generate(engine.as_mut(), &tokens, config.max_new_tokens, &config)?.generated_tokens;
+        let complete = (1..=full.len()).find(|n| full[..*n].ends_with(&tokens));
+        let Some(complete) = complete else { continue };
+        let config = GenerationConfig { stop_sequences: vec![character.to_string()], ..config };
+        let result = generate(engine.as_mut(), &tokens, config.max_new_tokens, &config)?;
+        let what = format!("stop text {character:?}, complete with token {complete}");
+        ctx.check_eq(format!("{what}: finish reason"), result.finish_reason, FinishReason::StopSequence);
+        let seen = result.generated_tokens.len();
+        ctx.check((complete - 2..=complete).contains(&seen), format!("{what}: that many tokens, or two less"), seen);
     }
     Ok(())
 }

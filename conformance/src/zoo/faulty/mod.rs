@@ -12,6 +12,7 @@ mod files;
 mod generation;
 mod numbers;
 mod outputs;
+mod paths;
 mod penalties;
 mod resources;
 mod sampling;
@@ -81,6 +82,7 @@ pub fn all() -> Vec<Fault> {
         ("determinism", determinism::FAULTS),
         ("batch", batch::FAULTS),
         ("extent", extent::FAULTS),
+        ("paths", paths::FAULTS),
         ("concurrency", concurrency::FAULTS),
     ];
     classes

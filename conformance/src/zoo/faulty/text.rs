@@ -98,6 +98,25 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(StopText(|text, before, stops| find(before, stops).map(|_| text.len()))),
     ),
     Fault::new(
+        "stop-text-never-again",
+        "a stop text that began in vain is not looked for inside what was read of it",
+        "clause GEN-6: a matcher of one state, without the fallback of Knuth, Morris and Pratt",
+        "generation/stop_texts_of_any_length",
+        || Arc::new(StopText(|text, _, stops| stops.iter().filter_map(|stop| find_once(text, stop)).min())),
+    ),
+    Fault::new(
+        "stop-text-window",
+        "a stop text is looked for in the last nine bytes of the text",
+        "clause GEN-6: a window over the newest tokens",
+        "generation/stop_texts_of_any_length",
+        || {
+            Arc::new(StopText(|text, _, stops| {
+                let start = text.floor_char_boundary(text.len().saturating_sub(9));
+                find(&text[start..], stops).map(|at| start + at)
+            }))
+        },
+    ),
+    Fault::new(
         "stop-text-is-stop-token",
         "a stop text is reported as a stop token",
         "clause GEN-6",
@@ -118,6 +137,18 @@ fn decode(tokenizer: &Tokenizer, tokens: &[u32], skip_special: bool) -> String {
 
 fn find(text: &str, stops: &[String]) -> Option<usize> {
     stops.iter().filter_map(|stop| text.find(stop.as_str())).min()
+}
+
+/// Reads a text once from left to right, and begins anew behind what did not match.
+fn find_once(text: &str, stop: &str) -> Option<usize> {
+    let (stop, mut matched) = (stop.as_bytes(), 0);
+    for (i, byte) in text.bytes().enumerate() {
+        matched = if stop[matched] == byte { matched + 1 } else { usize::from(stop[0] == byte) };
+        if matched == stop.len() {
+            return Some(i + 1 - stop.len());
+        }
+    }
+    None
 }
 
 /// Another text of tokens.
