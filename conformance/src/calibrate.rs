@@ -16,12 +16,14 @@ mod command;
 pub(crate) use command::{CalibrateArgs, calibrate};
 
 use crate::backend::{BackendFactory, Capabilities};
-use crate::case::Check;
+use crate::case::{Category, Check};
 use crate::context::CLOCK_ERROR;
 use crate::model::Model;
 use crate::suite::Case;
 use crate::tolerance::{Entry, MIN_SEPARATION, Rule, Table, Tolerance, middle, rounded};
 use crate::verdict::CaseResult;
+use crate::zoo::prove::MAIN_MODEL;
+use crate::zoo::{Fault, HonestVariant};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,9 +34,9 @@ pub const RESOLUTION: f64 = f32::EPSILON as f64 / 2.0;
 /// How much larger than recorded an honest error may be before `--check` fails: other processors round elsewhere.
 pub const DRIFT: f64 = 1.5;
 
-/// The models on which faults are measured, beside the one that a fault names: the trained model, one drawn with PyTorch,
-/// and two small ones.
-pub const FAULT_MODELS: [&str; 4] = ["tiny", "c02-h256-gqa2-untied", "gqa2-untied-f32", "context-32"];
+/// The models on which honest variants are measured: the trained model, one drawn with PyTorch, and two small ones.
+/// Registered backends are measured on all.
+pub const VARIANT_MODELS: [&str; 4] = ["tiny", "c02-h256-gqa2-untied", MAIN_MODEL, "context-32"];
 
 /// The longest that a case may take: a fault that hangs shows no error.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -46,19 +48,27 @@ pub struct Subject {
     pub factory: Arc<dyn BackendFactory>,
     /// Whether it is right.
     pub honest: bool,
-    /// A model on which its fault shows, beside [`FAULT_MODELS`].
-    pub model: Option<&'static str>,
+    /// The models to measure it on; empty for all.
+    pub models: Vec<&'static str>,
+    /// The categories to measure it on, if not all.
+    pub only: Option<&'static [Category]>,
 }
 
 impl Subject {
-    /// A backend that is right.
-    pub fn honest(factory: Arc<dyn BackendFactory>) -> Self {
-        Self { factory, honest: true, model: None }
+    /// A backend of users, which is right.
+    pub fn registered(factory: Arc<dyn BackendFactory>) -> Self {
+        Self { factory, honest: true, models: Vec::new(), only: None }
     }
 
-    /// A backend that is wrong.
-    pub fn faulty(factory: Arc<dyn BackendFactory>, model: Option<&'static str>) -> Self {
-        Self { factory, honest: false, model }
+    /// A variant of the zoo that is right.
+    pub fn honest(variant: &HonestVariant) -> Self {
+        Self { models: VARIANT_MODELS.to_vec(), ..Self::registered(Arc::new(variant.factory())) }
+    }
+
+    /// A fault of the zoo, on the models and categories on which it is proven to show.
+    pub fn faulty(fault: &Fault) -> Self {
+        let models = fault.model.into_iter().chain([MAIN_MODEL]).collect();
+        Self { factory: Arc::new(fault.factory()), honest: false, models, only: fault.only }
     }
 }
 
@@ -136,17 +146,17 @@ impl Evidence {
     }
 }
 
-/// The models on which a check measures a backend: for an honest one those of a default run, for a faulty one
-/// [`FAULT_MODELS`]; one at least.
+/// The models on which a check measures a backend; one at least.
 fn models_for<'a>(subject: &Subject, check: &Check, models: &'a [Arc<Model>]) -> Vec<&'a Arc<Model>> {
-    let wanted = |name: &str| subject.honest || subject.model == Some(name) || FAULT_MODELS.contains(&name);
-    let takes = |m: &&Arc<Model>| wanted(m.name()) && check.models.takes(m, !subject.honest);
-    let taken: Vec<_> = models.iter().filter(takes).collect();
+    let wanted = |name: &str| subject.models.is_empty() || subject.models.contains(&name);
+    let taken: Vec<_> =
+        models.iter().filter(|m| wanted(m.name()) && check.models.takes(m, !subject.models.is_empty())).collect();
     if taken.is_empty() { models.iter().find(|m| check.models.takes(m, false)).into_iter().collect() } else { taken }
 }
 
 fn cases_of(subject: &Subject, check: &Check, models: &[&Arc<Model>]) -> Vec<Case> {
-    if check.needs.is_some_and(|capability| !subject.factory.capabilities().has(capability)) {
+    let lacking = check.needs.is_some_and(|capability| !subject.factory.capabilities().has(capability));
+    if lacking || subject.only.is_some_and(|only| !only.contains(&check.category)) {
         return Vec::new();
     }
     let mut check = check.clone();

@@ -104,9 +104,10 @@ fn run(cases: &[Case]) -> Vec<CaseResult> {
 #[test]
 fn the_errors_of_known_backends_are_found_in_spite_of_failed_assertions() {
     let bent = |name, by| Arc::new(Bent { name, by, inner: OracleFactory });
-    let mut subjects = vec![Subject::honest(bent("straight", 0.0)), Subject::honest(bent("bent-by-rounding", 1e-6))];
+    let mut subjects =
+        vec![Subject::registered(bent("straight", 0.0)), Subject::registered(bent("bent-by-rounding", 1e-6))];
     let faults = [("bent-too-little-to-tell", 3e-6), ("bent", 1e-4), ("bent-more", 0.5)];
-    subjects.extend(faults.map(|(name, by)| Subject::faulty(bent(name, by), None)));
+    subjects.extend(faults.map(|(name, by)| Subject { honest: false, ..Subject::registered(bent(name, by)) }));
     let checks: Vec<_> = conformance::checks::all()
         .into_iter()
         .filter(|c| ["golden/logits", "shape/logits", "kv_cache/chunked_is_whole"].contains(&c.name))

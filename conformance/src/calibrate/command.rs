@@ -12,7 +12,6 @@ use comfy_table::presets;
 use indicatif::ProgressBar;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 /// The arguments of `conformance calibrate`.
 #[derive(Debug, Args)]
@@ -39,9 +38,9 @@ pub(crate) struct CalibrateArgs {
 
 /// Every backend that is known to be right or to be wrong: the registered ones and both zoos.
 fn subjects(suite: &Suite) -> Vec<Subject> {
-    let registered = suite.registry().factories().iter().cloned().map(Subject::honest);
-    let honest = honest::all().into_iter().map(|variant| Subject::honest(Arc::new(variant.factory())));
-    let faulty = faulty::all().into_iter().map(|fault| Subject::faulty(Arc::new(fault.factory()), fault.model));
+    let registered = suite.registry().factories().iter().cloned().map(Subject::registered);
+    let honest = honest::all().iter().map(Subject::honest).collect::<Vec<_>>();
+    let faulty = faulty::all().iter().map(Subject::faulty).collect::<Vec<_>>();
     registered.chain(honest).chain(faulty).collect()
 }
 
@@ -69,6 +68,10 @@ pub(crate) fn calibrate(
         runner.run_all(cases, jobs, &|result: &CaseResult| {
             bar.set_message(result.id.clone());
             bar.inc(1);
+            // A pipeline shows no bar, and wants a sign of life.
+            if bar.is_hidden() && bar.position().is_multiple_of(1000) {
+                println!("{} of {}", bar.position(), bar.length().unwrap_or(0));
+            }
         })
     };
     let checks: Vec<Check> = suite.checks().iter().filter(|c| args.clock || !c.exclusive).cloned().collect();
