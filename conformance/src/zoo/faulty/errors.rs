@@ -2,6 +2,7 @@
 
 use super::super::Fault;
 use super::super::naive::{Deviation, Naive};
+use super::{Configured, Generates};
 use bitnet_contracts::{
     BitNetInference, ConfigurationError, DType, ForwardPassError, GenerationConfig, GenerationResult, InferenceError,
     InferenceOutput, InputValidator, KVCache, Result, StandardInputValidator, Tensor, TokenizationError,
@@ -110,7 +111,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "B9: NaN < 0.0 is false",
         "errors/generation_config",
         || {
-            Arc::new(Mended(|config| {
+            Arc::new(Configured(|config| {
                 for value in [
                     &mut config.temperature,
                     &mut config.repetition_penalty,
@@ -129,21 +130,25 @@ pub(super) const FAULTS: &[Fault] = &[
         "a top_p above 1 counts as 1",
         "clause ERR-6",
         "errors/generation_config",
-        || Arc::new(Mended(|config| config.top_p = config.top_p.map(|p| if p.is_finite() { p.min(1.0) } else { p }))),
+        || {
+            Arc::new(Configured(|config| {
+                config.top_p = config.top_p.map(|p| if p.is_finite() { p.min(1.0) } else { p })
+            }))
+        },
     ),
     Fault::new(
         "top-p-zero-is-all",
         "a top_p of 0 filters nothing",
         "candle LogitsProcessor",
         "errors/generation_config",
-        || Arc::new(Mended(|config| config.top_p = config.top_p.filter(|&p| p != 0.0))),
+        || Arc::new(Configured(|config| config.top_p = config.top_p.filter(|&p| p != 0.0))),
     ),
     Fault::new(
         "stop-token-unchecked",
         "a stop token outside the vocabulary is accepted",
         "clause ERR-6",
         "errors/generation_config",
-        || Arc::new(Mended(|config| config.stop_tokens.retain(|&token| token < 100))),
+        || Arc::new(Configured(|config| config.stop_tokens.retain(|&token| token < 100))),
     ),
     Fault::new(
         "negative-zero-refused",
@@ -209,7 +214,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "clause ERR-7",
         "errors/configuration_first",
         || {
-            Arc::new(Mended(|config| {
+            Arc::new(Configured(|config| {
                 if !config.do_sample {
                     (config.top_k, config.top_p) = (None, None);
                 }
@@ -348,40 +353,6 @@ impl Deviation for Flattened {
             true => engine.honest_forward(&ids.flatten_all()?.unsqueeze(0)?, cache),
             false => engine.honest_forward(ids, cache),
         }
-    }
-}
-
-type Call = fn(&mut Naive, &[u32], usize, &GenerationConfig) -> Result<GenerationResult>;
-
-/// Another way through a whole generation.
-struct Generates(Call);
-
-impl Deviation for Generates {
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        (self.0)(engine, prompt, max_tokens, config)
-    }
-}
-
-/// Configurations that are mended instead of refused.
-struct Mended(fn(&mut GenerationConfig));
-
-impl Deviation for Mended {
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        let mut config = config.clone();
-        (self.0)(&mut config);
-        engine.honest_generate(prompt, max_tokens, &config)
     }
 }
 

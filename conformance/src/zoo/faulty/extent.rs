@@ -2,6 +2,7 @@
 
 use super::super::Fault;
 use super::super::naive::{At, Deviation, Honest, Naive, Weights};
+use super::Generates;
 use crate::case::Category;
 use bitnet_contracts::{
     BitNetInference, FinishReason, GenerationConfig, GenerationResult, InferenceOutput, KVCache, MemoryError, Result,
@@ -52,7 +53,14 @@ pub(super) const FAULTS: &[Fault] = &[
         "generation sees the last 256 tokens of its prompt",
         "llama.cpp #3969 (context shift unasked for)",
         "generation/long_prompt",
-        || Arc::new(PromptWindow),
+        || {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
+                let seen = &prompt[prompt.len().saturating_sub(256)..];
+                let mut result = engine.honest_generate(seen, max_tokens, config)?;
+                result.prompt_tokens = prompt.to_vec();
+                Ok(result)
+            }))
+        },
     ),
     Fault::new(
         "ids-in-16-bits",
@@ -161,22 +169,6 @@ impl Deviation for EndOfTheContext {
             logits.rotate_left(1);
         }
         logits
-    }
-}
-
-struct PromptWindow;
-
-impl Deviation for PromptWindow {
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        let mut result = engine.honest_generate(&prompt[prompt.len().saturating_sub(256)..], max_tokens, config)?;
-        result.prompt_tokens = prompt.to_vec();
-        Ok(result)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::super::Fault;
 use super::super::naive::{Deviation, Naive};
+use super::Generates;
 use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig, GenerationResult, Result};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -92,7 +93,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "clause GEN-3",
         "generation/stop_token",
         || {
-            Arc::new(Generate(|engine, prompt, max_tokens, config| {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
                 let mut result = engine.honest_generate(prompt, max_tokens, config)?;
                 if prompt.iter().any(|token| config.stop_tokens.contains(token)) {
                     cut(&mut result, 0);
@@ -108,7 +109,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "clause GEN-4",
         "generation/end_of_sequence",
         || {
-            Arc::new(Generate(|engine, prompt, max_tokens, config| {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
                 let mut result = engine.honest_generate(prompt, max_tokens, config)?;
                 if config.eos_token_id.is_some_and(|eos| prompt.contains(&eos)) {
                     cut(&mut result, 0);
@@ -184,7 +185,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "unsloth #3699",
         "generation/greedy_is_argmax",
         || {
-            Arc::new(Generate(|engine, prompt, max_tokens, config| {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
                 let kept: Vec<u32> = prompt.iter().copied().filter(|&token| token > 0).collect();
                 if kept.is_empty() {
                     return engine.honest_generate(prompt, max_tokens, config);
@@ -201,7 +202,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "llama.cpp PR #7107, #7332; llama-cpp-python #1501",
         "generation/greedy_is_argmax",
         || {
-            Arc::new(Generate(|engine, prompt, max_tokens, config| {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
                 let whole: Vec<u32> = bos(engine).into_iter().chain(prompt.iter().copied()).collect();
                 let room = whole.len() <= engine.config().max_position_embeddings;
                 if prompt.is_empty() || !room {
@@ -271,7 +272,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "clause GEN-10",
         "generation/cache_and_chunks_do_not_show",
         || {
-            Arc::new(Generate(|engine, prompt, max_tokens, config| {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
                 let whole = config.prefill_chunk_size.map_or(prompt.len(), |size| prompt.len() / size.max(1) * size);
                 let mut result = match whole {
                     0 => return engine.honest_generate(prompt, max_tokens, config),
@@ -371,23 +372,6 @@ struct Finished(fn(&mut GenerationResult, &GenerationConfig));
 impl Deviation for Finished {
     fn result(&self, result: &mut GenerationResult, config: &GenerationConfig) {
         (self.0)(result, config);
-    }
-}
-
-type Call = fn(&mut Naive, &[u32], usize, &GenerationConfig) -> Result<GenerationResult>;
-
-/// Another way through a whole call.
-struct Generate(Call);
-
-impl Deviation for Generate {
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        (self.0)(engine, prompt, max_tokens, config)
     }
 }
 

@@ -22,8 +22,9 @@ mod times;
 mod weights;
 
 use super::Fault;
-use super::naive::Deviation;
+use super::naive::{Deviation, Naive};
 use crate::case::Category;
+use bitnet_contracts::{GenerationConfig, GenerationResult, Result};
 use std::sync::Arc;
 
 /// What a forward pass that is another function, and the same one everywhere, shows in: all else compares it with itself.
@@ -38,6 +39,38 @@ const BATCHES: &[Category] =
     &[Category::Shape, Category::Numerics, Category::Golden, Category::KvCache, Category::Determinism, Category::Batch];
 
 type Make = fn() -> Arc<dyn Deviation>;
+
+/// Another way through a whole generation.
+struct Generates(fn(&mut Naive, &[u32], usize, &GenerationConfig) -> Result<GenerationResult>);
+
+impl Deviation for Generates {
+    fn generate(
+        &self,
+        engine: &mut Naive,
+        prompt: &[u32],
+        max_tokens: usize,
+        config: &GenerationConfig,
+    ) -> Result<GenerationResult> {
+        (self.0)(engine, prompt, max_tokens, config)
+    }
+}
+
+/// A generation with a configuration that is changed before it is used.
+struct Configured(fn(&mut GenerationConfig));
+
+impl Deviation for Configured {
+    fn generate(
+        &self,
+        engine: &mut Naive,
+        prompt: &[u32],
+        max_tokens: usize,
+        config: &GenerationConfig,
+    ) -> Result<GenerationResult> {
+        let mut config = config.clone();
+        (self.0)(&mut config);
+        engine.honest_generate(prompt, max_tokens, &config)
+    }
+}
 
 /// A forward pass that is another function, and the same one everywhere.
 const fn forward(

@@ -2,6 +2,7 @@
 
 use super::super::Fault;
 use super::super::naive::{Deviation, Naive};
+use super::{Configured, Generates};
 use bitnet_contracts::{
     BitNetInference, GenerationConfig, GenerationResult, InferenceError, Result, TokenizationError,
 };
@@ -13,7 +14,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "with prefill_chunk_size the position of an invalid token is counted from the beginning of its piece",
         "clause ERR-10: each piece validates its own tokens",
         "errors/every_path",
-        || Arc::new(PositionInItsPiece),
+        || Arc::new(Generates(position_in_its_piece)),
     ),
     Fault::new(
         "no-penalties-without-cache",
@@ -50,41 +51,19 @@ pub(super) const FAULTS: &[Fault] = &[
     ),
 ];
 
-struct PositionInItsPiece;
-
-impl Deviation for PositionInItsPiece {
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        let result = engine.honest_generate(prompt, max_tokens, config);
-        match (result, config.prefill_chunk_size) {
-            (
-                Err(InferenceError::Tokenization(TokenizationError::InvalidToken { position, token_id, vocab_size })),
-                Some(size),
-            ) => Err(TokenizationError::InvalidToken { position: position % size, token_id, vocab_size }.into()),
-            (result, _) => result,
-        }
-    }
-}
-
-/// A configuration that is changed before it is used.
-struct Configured(fn(&mut GenerationConfig));
-
-impl Deviation for Configured {
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        let mut config = config.clone();
-        (self.0)(&mut config);
-        engine.honest_generate(prompt, max_tokens, &config)
+fn position_in_its_piece(
+    engine: &mut Naive,
+    prompt: &[u32],
+    max_tokens: usize,
+    config: &GenerationConfig,
+) -> Result<GenerationResult> {
+    let result = engine.honest_generate(prompt, max_tokens, config);
+    match (result, config.prefill_chunk_size) {
+        (
+            Err(InferenceError::Tokenization(TokenizationError::InvalidToken { position, token_id, vocab_size })),
+            Some(size),
+        ) => Err(TokenizationError::InvalidToken { position: position % size, token_id, vocab_size }.into()),
+        (result, _) => result,
     }
 }
 
