@@ -16,6 +16,7 @@ pub(super) const CHECKS: &[Check] = &[
         "stop rules, penalties and filters hold with and without a cache, in pieces, and on every way to generate",
         results,
     )
+    .long()
     .on(ModelSet::Only(EDIT_MODEL)),
     Check::new(
         "ERR-10",
@@ -81,7 +82,7 @@ fn outcome(result: &GenerationResult) -> String {
 }
 
 fn results(ctx: &mut Context<'_>) -> CheckResult {
-    const MOST: usize = 9;
+    const MOST: usize = 6;
     let (mut paths, exact) = (Paths::of(ctx)?, exact(ctx));
     let tokens = prompt(ctx.facts(), 9, 2000);
     let free = GenerationConfig { max_new_tokens: MOST, ..greedy() };
@@ -113,10 +114,10 @@ fn results(ctx: &mut Context<'_>) -> CheckResult {
     if exact {
         bases.extend([("penalties", penalties), ("filters", drawn), ("penalties and filters", both)]);
     }
-    for (what, base) in bases {
-        let expected = outcome(&generate(ctx.engine()?.as_mut(), &tokens, MOST, &base)?);
-        let sizes: &[usize] = if exact { &[1, 4, 1000] } else { &[] };
-        let all = fed_otherwise(&base, sizes);
+    let mut fresh = ctx.engine()?;
+    for ((what, base), size) in bases.into_iter().zip([4, 1, 1000].into_iter().cycle()) {
+        let expected = outcome(&generate(fresh.as_mut(), &tokens, MOST, &base)?);
+        let all = fed_otherwise(&base, if exact { std::slice::from_ref(&size) } else { &[] });
         for (how, config) in all.into_iter().filter(|(_, config)| config.use_cache || exact) {
             for (way, result) in paths.all(&tokens, MOST, &config) {
                 if let Some(result) = ctx.check_ok(format!("{what}, {how}: {way}"), result) {

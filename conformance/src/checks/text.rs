@@ -28,6 +28,7 @@ pub(super) const CHECKS: &[Check] = &[
         "stop texts of one byte to many tokens, repetitive ones and the last of many included, end generation where they first appear",
         stop_texts_of_any_length,
     )
+    .long()
     .on(ModelSet::Only(EDIT_MODEL))
     .needs(Capability::Tokenizer),
     Check::new("GEN-11", "generation/text", GENERATION, "generated_text is the tokenizer's text of the tokens", text)
@@ -271,7 +272,7 @@ fn stop_texts_of_any_length(ctx: &mut Context<'_>) -> CheckResult {
     let model = small_text_model(ctx)?;
     let tokenizer = tokenizer(&model)?;
     let mut engine = ctx.factory().create(&model)?;
-    for seed in 0..5 {
+    for seed in 0..3 {
         let tokens = [LETTER, LETTER + 1];
         let config = from_the_prompt(tokens.len(), 60 + seed);
         let full = generate(engine.as_mut(), &tokens, config.max_new_tokens, &config)?.generated_tokens;
