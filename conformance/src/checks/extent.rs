@@ -270,12 +270,12 @@ fn many_callers(ctx: &mut Context<'_>) -> CheckResult {
     }
     // What is refused gives back what it was given, at whatever point it is refused.
     let beyond = [subject.facts().vocab_size as u32];
-    let long = prompt(subject.facts(), subject.facts().max_positions + 1, 991);
     let wrong = GenerationConfig { temperature: f32::NAN, ..plain(0) };
+    let none = GenerationConfig { max_new_tokens: 0, ..plain(0) };
     let kinds: [(&str, &[u32], &GenerationConfig); 4] = [
         ("an id beyond the vocabulary", &beyond, &plain(0)),
         ("no ids", &[], &plain(0)),
-        ("more ids than the context holds", &long, &plain(0)),
+        ("no tokens to make", &[3], &none),
         ("a temperature that is no number", &[3], &wrong),
     ];
     for (what, tokens, config) in kinds {

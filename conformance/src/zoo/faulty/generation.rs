@@ -267,6 +267,23 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(ForgetsPrompt),
     ),
     Fault::new(
+        "piece-of-the-whole-prompt",
+        "with a prefill_chunk_size of exactly the prompt's length its last token is not seen",
+        "clause GEN-10: a comparison that is off by one",
+        "generation/cache_and_chunks_do_not_show",
+        || {
+            Arc::new(Generates(|engine, prompt, max_tokens, config| {
+                let seen = match config.prefill_chunk_size {
+                    Some(size) if size == prompt.len() && size > 1 => &prompt[..size - 1],
+                    _ => prompt,
+                };
+                let mut result = engine.honest_generate(seen, max_tokens, config)?;
+                result.prompt_tokens = prompt.to_vec();
+                Ok(result)
+            }))
+        },
+    ),
+    Fault::new(
         "last-chunk-dropped",
         "the last piece of a prompt is dropped where it is smaller than the others",
         "clause GEN-10",
