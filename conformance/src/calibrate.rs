@@ -3,8 +3,10 @@
 //! Checks note the largest error that they held to a tolerance and go on after a failed assertion, so a run over backends
 //! that are known to be right or wrong gives the evidence:
 //!
-//! * the **honest** error is the largest of any honest backend on any model;
-//! * each faulty backend counts with the largest error that it shows on any model, and the **faulty** error is the
+//! * the **honest** error is the largest of any honest backend: a registered one on every model, a variant of the zoo on
+//!   [`VARIANT_MODELS`];
+//! * each faulty backend counts with the largest error that it shows on the models and in the categories on which it is
+//!   proven to show, and the **faulty** error is the
 //!   smallest of those that are more than [`MIN_SEPARATION`] times the honest one, or, where the limit does not follow
 //!   from the two, past the limit. Faults below that do not show in this tolerance, and are for others to catch.
 //!
@@ -55,7 +57,7 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// A backend of users, which is right.
+    /// A registered backend, taken to be right, on every model.
     pub fn registered(factory: Arc<dyn BackendFactory>) -> Self {
         Self { factory, honest: true, models: Vec::new(), only: None }
     }

@@ -277,12 +277,12 @@ fn stop_texts_of_any_length(ctx: &mut Context<'_>) -> CheckResult {
         let config = from_the_prompt(tokens.len(), 60 + seed);
         let full = generate(engine.as_mut(), &tokens, config.max_new_tokens, &config)?.generated_tokens;
         let text = decode(&tokenizer, &full)?;
-        if text.len() != full.len() {
+        if text.len() != full.len() || !text.is_ascii() {
             return Err(Stop::Inconclusive(format!("{text:?} is not a letter a token")));
         }
         for length in [1, 2, 3, 5, 8, 12] {
             // The last of those that appear here first: the likeliest to have begun before.
-            let starts = (1..=full.len() - length).rev();
+            let starts = (1..=full.len().saturating_sub(length)).rev();
             let Some(at) = starts.into_iter().find(|at| text.find(&text[*at..at + length]) == Some(*at)) else {
                 continue;
             };
