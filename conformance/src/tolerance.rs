@@ -214,6 +214,8 @@ tolerances! {
     ATTENTION_COARSE = "attention_coarse";
     /// 1 − correlation with the oracle, the third quartile of 64 rows, far into the context.
     FAR_POSITIONS = "far_positions";
+    /// The largest difference of a logit from the oracle's, in the middle one of many rows behind a long cache.
+    FAR_ROW = "far_row";
     /// `w1.58a8`: how far from a rounding tie every activation of a prompt must be for float32 noise to decide none.
     CLEAR_OF_TIES = "clear_of_ties";
     /// Logits that reach less far than this are held to what is allowed at this reach.
@@ -254,6 +256,8 @@ tolerances! {
     SESSION_FACTOR = "session_factor";
     /// What sessions may take besides.
     SESSION_SLACK = "session_slack";
+    /// What a large session takes in resident pages over what its cache says it holds.
+    LARGE_SESSION_FACTOR = "large_session_factor";
     /// What an engine takes in the process over what it says it holds.
     ENGINE_FACTOR = "engine_factor";
     /// What an engine may take besides.

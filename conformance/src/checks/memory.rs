@@ -204,6 +204,7 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     let what = format!("{count} sessions of {positions} positions take {grown} bytes, their caches say {claimed}");
     let factor = (grown - tolerance::SESSION_SLACK.limit()) / claimed as f64;
     ctx.check_within(what, factor, &tolerance::SESSION_FACTOR);
+    large_sessions(ctx)?;
     // Engines likewise, by what they say they hold.
     let tokenizer = facts.has_tokenizer && ctx.capabilities().tokenizer;
     let besides = if tokenizer { &tolerance::TOKENIZER_SLACK } else { &tolerance::ENGINE_SLACK };
@@ -214,6 +215,30 @@ fn resident(ctx: &mut Context<'_>) -> CheckResult {
     let subject = Subject::write(ctx, "own-head", &synthetic(ctx, "own-head", &spec)?)?;
     let series = engines(|| subject.engine(ctx))?;
     engines_say_what_they_take(ctx, "another engine with a head of its own", &tolerance::ENGINE_SLACK, &series);
+    Ok(())
+}
+
+/// A model whose caches are large beside all that an allocator rounds: 512 KiB of keys and values in f32.
+const WIDE_CACHES: Spec = Spec { hidden: 256, ffn: 32, layers: 1, kv_heads: 4, context: 256, ..SMALL };
+
+/// Sessions so large that their pages can be counted: what is claimed is what is touched, not what is set aside.
+fn large_sessions(ctx: &mut Context<'_>) -> CheckResult {
+    let subject = Subject::write(ctx, "wide-caches", &synthetic(ctx, "wide-caches", &WIDE_CACHES)?)?;
+    let mut engine = subject.engine(ctx)?;
+    let (mut caches, mut series) = (Vec::new(), Vec::new());
+    for session in 0..10 {
+        let mut cache = KVCache::new(WIDE_CACHES.context);
+        let tokens = prompt(subject.facts(), WIDE_CACHES.context, 925 + session);
+        forward(engine.as_mut(), &[tokens], Some(&mut cache))?;
+        caches.push(cache);
+        series.push(need(memory())?.resident);
+    }
+    let claimed = caches[0].memory_bytes() as f64;
+    // The first ones fill what others left free.
+    let taken = slope(&series[2..], 1.0);
+    ctx.timing("growth_bytes_of_a_large_session", taken.middle);
+    let what = format!("a large session takes {} bytes, lower 99 % bound, and its cache says {claimed}", taken.low);
+    ctx.check_within(what, taken.low / claimed, &tolerance::LARGE_SESSION_FACTOR);
     Ok(())
 }
 

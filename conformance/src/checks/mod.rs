@@ -7,6 +7,7 @@
 mod arithmetic;
 mod batch;
 mod causality;
+mod clear_rows;
 mod concurrency;
 mod determinism;
 mod edit;
@@ -44,6 +45,7 @@ pub fn all() -> Vec<Check> {
         arithmetic::CHECKS,
         golden::CHECKS,
         models::CHECKS,
+        clear_rows::CHECKS,
         causality::CHECKS,
         kv_cache::CHECKS,
         determinism::CHECKS,

@@ -95,7 +95,7 @@ fn every_token(ctx: &mut Context<'_>) -> CheckResult {
         let what = format!("{} tokens from {} to {}", tokens.len(), tokens[0], tokens[tokens.len() - 1]);
         check_finite(ctx, &what, &logits.data);
         if let Some(subject) = &subject {
-            check_truth(ctx, format!("logits of {what}"), &logits.data, &subject.truth(&tokens)?);
+            check_truth(ctx, format!("logits of {what}"), &logits.data, subject.truth(&tokens)?.as_ref());
         }
     }
     Ok(())

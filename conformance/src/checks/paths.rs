@@ -1,6 +1,7 @@
 //! Options in combination, on every way to generate: what holds for `generate` alone and one option at a time holds for all.
 
 use super::support::{EDIT_MODEL, exact, generate, greedy, plain, prompt};
+use super::truth::{SMALL, Subject, synthetic};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use bitnet_contracts::{
     BitNetInference, GenerationConfig, GenerationResult, InferenceError, Result as Contract, ThreadSafeInference,
@@ -28,16 +29,19 @@ pub(super) const CHECKS: &[Check] = &[
     .on(ModelSet::Only(EDIT_MODEL)),
 ];
 
-/// An engine, and the one for many threads where the backend has it.
+/// An engine on a small model, and the one for many threads where the backend has it.
 struct Paths {
+    subject: Subject,
     engine: Box<dyn BitNetInference>,
     shared: Option<Arc<dyn ThreadSafeInference>>,
 }
 
 impl Paths {
     fn of(ctx: &Context<'_>) -> Result<Self, Stop> {
-        let shared = if ctx.capabilities().thread_safe { Some(ctx.thread_safe()?) } else { None };
-        Ok(Self { engine: ctx.engine()?, shared })
+        let subject = Subject::write(ctx, "small", &synthetic(ctx, "small", &SMALL)?)?;
+        let engine = subject.engine(ctx)?;
+        let shared = if ctx.capabilities().thread_safe { Some(subject.thread_safe(ctx)?) } else { None };
+        Ok(Self { subject, engine, shared })
     }
 
     /// The same generation on every way.
@@ -84,7 +88,7 @@ fn outcome(result: &GenerationResult) -> String {
 fn results(ctx: &mut Context<'_>) -> CheckResult {
     const MOST: usize = 6;
     let (mut paths, exact) = (Paths::of(ctx)?, exact(ctx));
-    let tokens = prompt(ctx.facts(), 9, 2000);
+    let tokens = prompt(paths.subject.facts(), 9, 2000);
     let free = GenerationConfig { max_new_tokens: MOST, ..greedy() };
     let out = generate(paths.engine.as_mut(), &tokens, MOST, &free)?.generated_tokens;
     let Some(&last) = out.last() else {
@@ -114,7 +118,7 @@ fn results(ctx: &mut Context<'_>) -> CheckResult {
     if exact {
         bases.extend([("penalties", penalties), ("filters", drawn), ("penalties and filters", both)]);
     }
-    let mut fresh = ctx.engine()?;
+    let mut fresh = paths.subject.engine(ctx)?;
     for ((what, base), size) in bases.into_iter().zip([4, 1, 1000].into_iter().cycle()) {
         let expected = outcome(&generate(fresh.as_mut(), &tokens, MOST, &base)?);
         let all = fed_otherwise(&base, if exact { std::slice::from_ref(&size) } else { &[] });
@@ -137,7 +141,7 @@ fn name(error: &InferenceError) -> String {
 
 fn errors(ctx: &mut Context<'_>) -> CheckResult {
     let mut paths = Paths::of(ctx)?;
-    let (good, beyond) = (prompt(ctx.facts(), 9, 2010), ctx.facts().vocab_size as u32);
+    let (good, beyond) = (prompt(paths.subject.facts(), 9, 2010), paths.subject.facts().vocab_size as u32);
     let base = plain(1);
     for place in [0, 3, 4, 8] {
         let mut tokens = good.clone();
@@ -166,7 +170,7 @@ fn errors(ctx: &mut Context<'_>) -> CheckResult {
         ("a negative repetition_penalty", &good, 4, GenerationConfig { repetition_penalty: -1.0, ..base.clone() }),
     ];
     for (what, tokens, most, config) in refused {
-        let expected = match ctx.engine()?.generate(tokens, most, &config) {
+        let expected = match paths.subject.engine(ctx)?.generate(tokens, most, &config) {
             Err(error) => name(&error),
             Ok(_) => return Err(Stop::Unexpected(format!("generate accepts {what}"))),
         };

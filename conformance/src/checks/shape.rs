@@ -8,6 +8,7 @@ use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
 use crate::tolerance;
 use bitnet_contracts::{BitNetInference, DType, Device, KVCache, QuantizationType, Tensor};
+use std::sync::Arc;
 
 const SHAPE: Category = Category::Shape;
 
@@ -165,7 +166,7 @@ fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
 }
 
 /// `[batch × head × position × total]` of the positions from `past` on, from what the oracle gave for whole sequences.
-fn expected_attention(truth: &[Vec<Vec<f64>>], layer: usize, heads: usize, past: usize, total: usize) -> Vec<f32> {
+fn expected_attention(truth: &[Arc<Vec<Vec<f64>>>], layer: usize, heads: usize, past: usize, total: usize) -> Vec<f32> {
     let mut values = Vec::new();
     for layers in truth {
         // The positions before p hold heads × (1 + 2 + … + p) weights.

@@ -11,11 +11,15 @@ use crate::backend::{Noise, Semantics};
 use crate::case::{Context, Stop};
 use crate::model::{ModelFacts, ModelFixture};
 use crate::tolerance::{self, Tolerance};
-use bitnet_contracts::{BitNetInference, InferenceError};
+use bitnet_contracts::{BitNetInference, InferenceError, ThreadSafeInference};
 use fixtures::{Eos, GAUSSIAN_ZEROS, Layout, LinearClass, NormStyle, Preset, RopeSpelling, Spec, Storage};
 use golden::oracle::Oracle;
+use std::cell::OnceCell;
+use std::collections::HashMap;
 use std::fmt::Display;
-use std::path::Path;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 /// A small model that a check starts from: two layers, grouped heads, its own head, f32, every size a multiple of 16.
 pub(super) const SMALL: Spec = Spec {
@@ -39,30 +43,61 @@ pub(super) const SMALL: Spec = Spec {
     shards: 1,
 };
 
+/// A model so small that long sequences take no time.
+pub(super) const NARROW: Spec = Spec { hidden: 16, ffn: 16, layers: 1, heads: 2, kv_heads: 1, vocab: 48, ..SMALL };
+
 /// The seed of the models that checks make.
 const SEED: u64 = 3;
 
 /// Prompts among which the clearest of ties is looked for.
 const CANDIDATES: u64 = 40;
 
+/// What was made or evaluated before in this process: the same question has the same answer for every backend.
+struct Memo<K, V>(LazyLock<Mutex<HashMap<K, V>>>);
+
+impl<K: Eq + Hash, V: Clone> Memo<K, V> {
+    const fn new() -> Self {
+        Self(LazyLock::new(Mutex::default))
+    }
+
+    fn get(&self, key: K, make: impl FnOnce() -> Result<V, Stop>) -> Result<V, Stop> {
+        let known = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = known().get(&key) {
+            return Ok(value.clone());
+        }
+        let value = make()?;
+        known().insert(key, value.clone());
+        Ok(value)
+    }
+}
+
 /// A model of this specification, in memory.
 pub(super) fn synthetic(ctx: &Context<'_>, name: &str, spec: &Spec) -> Result<Model, Stop> {
-    let dir = ctx.scratch().join(format!("{name}-drawn"));
-    let preset = Preset { name: "drawn", doc: "", spec: spec.clone() };
-    fixtures::synthesize(&preset, SEED, &dir, &mut |_| ())
-        .map_err(|e| Stop::Inconclusive(format!("model {name}: {e}")))?;
-    Model::read(&dir)
+    static DRAWN: Memo<String, Arc<Model>> = Memo::new();
+    let drawn = DRAWN.get(format!("{spec:?}"), || {
+        let dir = ctx.scratch().join(format!("{name}-drawn"));
+        let preset = Preset { name: "drawn", doc: "", spec: spec.clone() };
+        fixtures::synthesize(&preset, SEED, &dir, &mut |_| ())
+            .map_err(|e| Stop::Inconclusive(format!("model {name}: {e}")))?;
+        Ok(Arc::new(Model::read(&dir)?))
+    })?;
+    Ok(Model::clone(&drawn))
 }
 
 /// A model on disk as a check made it, and what the oracle makes of it.
 pub(super) struct Subject {
     /// The folder as a fixture.
     pub fixture: ModelFixture,
-    oracle: Oracle,
+    dir: PathBuf,
+    /// Of the folder's contents.
+    fingerprint: u64,
+    /// Read when it is first asked for something new.
+    oracle: OnceCell<Oracle>,
     semantics: Semantics,
 }
 
 /// Logits as they should be.
+#[derive(Clone)]
 pub(super) struct Truth {
     /// The prompt.
     pub tokens: Vec<u32>,
@@ -70,7 +105,16 @@ pub(super) struct Truth {
     pub logits: Vec<f32>,
     /// Whether float noise can move no activation to another code.
     pub clear: bool,
+    /// The same of each position's own activations alone.
+    pub clear_rows: Vec<bool>,
     vocab: usize,
+}
+
+impl Truth {
+    /// The logits of one position.
+    pub(super) fn row(&self, position: usize) -> &[f32] {
+        &self.logits[position * self.vocab..][..self.vocab]
+    }
 }
 
 impl Subject {
@@ -78,14 +122,23 @@ impl Subject {
     pub(super) fn write(ctx: &Context<'_>, name: &str, model: &Model) -> Result<Self, Stop> {
         let dir = ctx.scratch().join(name);
         model.write(&dir)?;
-        Self::open(ctx, name, &dir)
+        Self::of(ctx, name, dir, model)
     }
 
     /// Takes a folder as it is.
     pub(super) fn open(ctx: &Context<'_>, name: &str, dir: &Path) -> Result<Self, Stop> {
-        let oracle = Oracle::load(dir).map_err(|e| Stop::Inconclusive(format!("model {name}: {e}")))?;
-        let fixture = ModelFixture::open(name, dir)?;
-        Ok(Self { fixture, oracle, semantics: ctx.capabilities().semantics })
+        Self::of(ctx, name, dir.to_path_buf(), &Model::read(dir)?)
+    }
+
+    fn of(ctx: &Context<'_>, name: &str, dir: PathBuf, model: &Model) -> Result<Self, Stop> {
+        let mut hasher = DefaultHasher::new();
+        model.config.to_string().hash(&mut hasher);
+        for (name, held) in &model.tensors {
+            (name, &held.shape, format!("{:?}", held.dtype), &held.data).hash(&mut hasher);
+        }
+        let fixture = ModelFixture::open(name, &dir)?;
+        let semantics = ctx.capabilities().semantics;
+        Ok(Self { fixture, dir, fingerprint: hasher.finish(), oracle: OnceCell::new(), semantics })
     }
 
     /// What the model's `config.json` says.
@@ -99,42 +152,73 @@ impl Subject {
         ctx.factory().create(&self.fixture).map_err(failed)
     }
 
-    /// The oracle's logits of a prompt.
-    pub(super) fn truth(&self, tokens: &[u32]) -> Result<Truth, Stop> {
-        let mut run = self.oracle.start(self.semantics.oracle());
-        let mut logits = Vec::with_capacity(tokens.len() * self.oracle.vocab());
-        for &token in tokens {
-            let row = run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
-            logits.extend(row.into_iter().map(|x| x as f32));
+    /// A fresh engine for many threads.
+    pub(super) fn thread_safe(&self, ctx: &Context<'_>) -> Result<Arc<dyn ThreadSafeInference>, Stop> {
+        let shared = ctx.factory().create_thread_safe(&self.fixture);
+        let shared = shared.ok_or_else(|| Stop::Unexpected("create_thread_safe gives no engine".to_string()))?;
+        shared.map_err(|e| Stop::Unexpected(format!("model {}: create_thread_safe failed: {e}", self.fixture.name())))
+    }
+
+    fn oracle(&self) -> Result<&Oracle, Stop> {
+        if let Some(oracle) = self.oracle.get() {
+            return Ok(oracle);
         }
-        let clear = run.nearest_tie >= tolerance::CLEAR_OF_TIES.limit();
-        Ok(Truth { tokens: tokens.to_vec(), logits, clear, vocab: self.oracle.vocab() })
+        let oracle =
+            Oracle::load(&self.dir).map_err(|e| Stop::Inconclusive(format!("model {}: {e}", self.fixture.name())))?;
+        Ok(self.oracle.get_or_init(|| oracle))
+    }
+
+    /// The oracle's logits of a prompt.
+    pub(super) fn truth(&self, tokens: &[u32]) -> Result<Arc<Truth>, Stop> {
+        static TRUTHS: Memo<(u64, Semantics, Vec<u32>), Arc<Truth>> = Memo::new();
+        TRUTHS.get((self.fingerprint, self.semantics, tokens.to_vec()), || {
+            let oracle = self.oracle()?;
+            let mut run = oracle.start(self.semantics.oracle());
+            let mut logits = Vec::with_capacity(tokens.len() * oracle.vocab());
+            let mut clear_rows = Vec::with_capacity(tokens.len());
+            for &token in tokens {
+                run.nearest_tie = f64::INFINITY;
+                let row = run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
+                logits.extend(row.into_iter().map(|x| x as f32));
+                clear_rows.push(run.nearest_tie >= tolerance::CLEAR_OF_TIES.limit());
+            }
+            let clear = clear_rows.iter().all(|clear| *clear);
+            Ok(Arc::new(Truth { tokens: tokens.to_vec(), logits, clear, clear_rows, vocab: oracle.vocab() }))
+        })
     }
 
     /// The prompt of this length that is the clearest of ties, among some that depend on the salt.
-    pub(super) fn clear_prompt(&self, length: usize, salt: u64) -> Result<Truth, Stop> {
-        let mut best: Option<(f64, Vec<u32>)> = None;
-        for candidate in 0..CANDIDATES {
-            let tokens = prompt(self.facts(), length, (salt << 8) + candidate);
-            let mut run = self.oracle.start(self.semantics.oracle());
-            for &token in &tokens {
-                run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
+    pub(super) fn clear_prompt(&self, length: usize, salt: u64) -> Result<Arc<Truth>, Stop> {
+        static CLEAREST: Memo<(u64, Semantics, usize, u64), Vec<u32>> = Memo::new();
+        let tokens = CLEAREST.get((self.fingerprint, self.semantics, length, salt), || {
+            let oracle = self.oracle()?;
+            let mut best: Option<(f64, Vec<u32>)> = None;
+            for candidate in 0..CANDIDATES {
+                let tokens = prompt(self.facts(), length, (salt << 8) + candidate);
+                let mut run = oracle.start(self.semantics.oracle());
+                for &token in &tokens {
+                    run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
+                }
+                if best.as_ref().is_none_or(|(tie, _)| run.nearest_tie > *tie) {
+                    best = Some((run.nearest_tie, tokens));
+                }
             }
-            if best.as_ref().is_none_or(|(tie, _)| run.nearest_tie > *tie) {
-                best = Some((run.nearest_tie, tokens));
-            }
-        }
-        self.truth(&best.map(|(_, tokens)| tokens).unwrap_or_default())
+            Ok(best.map(|(_, tokens)| tokens).unwrap_or_default())
+        })?;
+        self.truth(&tokens)
     }
 
     /// Attention probabilities of a sequence, layer after layer: `[position][head][position seen]`.
-    pub(super) fn attention(&self, tokens: &[u32]) -> Result<Vec<Vec<f64>>, Stop> {
-        let mut run = self.oracle.start(self.semantics.oracle());
-        run.attention = Some(Vec::new());
-        for &token in tokens {
-            run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
-        }
-        Ok(run.attention.unwrap_or_default())
+    pub(super) fn attention(&self, tokens: &[u32]) -> Result<Arc<Vec<Vec<f64>>>, Stop> {
+        static ATTENTIONS: Memo<(u64, Semantics, Vec<u32>), Arc<Vec<Vec<f64>>>> = Memo::new();
+        ATTENTIONS.get((self.fingerprint, self.semantics, tokens.to_vec()), || {
+            let mut run = self.oracle()?.start(self.semantics.oracle());
+            run.attention = Some(Vec::new());
+            for &token in tokens {
+                run.step(token).map_err(|e| Stop::Inconclusive(e.to_string()))?;
+            }
+            Ok(Arc::new(run.attention.unwrap_or_default()))
+        })
     }
 }
 

@@ -201,7 +201,7 @@ struct Made {
 }
 
 /// The kinds of generations whose times are looked at.
-const KINDS: [&str; 8] = [
+const KINDS: [&str; 9] = [
     "many ids after a short prompt",
     "one id after a short prompt",
     "few ids after a long prompt",
@@ -210,6 +210,7 @@ const KINDS: [&str; 8] = [
     "generate_deterministic",
     "ids up to an end-of-sequence token",
     "generate_concurrent",
+    "few ids after a long prompt in pieces",
 ];
 
 /// Timed generations of every kind that the backend has, one of each after the other.
@@ -227,11 +228,12 @@ fn generations(ctx: &Context<'_>) -> Result<Vec<Vec<Made>>, Stop> {
     for round in (0..ROUNDS).take_while(|&round| round < LEAST_ROUNDS || start.elapsed() < LONG) {
         for (kind, made) in made.iter_mut().enumerate() {
             let salt = 1_060_000 + round * KINDS.len() as u64 + kind as u64;
-            let tokens = prompt(facts, if matches!(kind, 2 | 3) { long } else { short }, salt);
+            let tokens = prompt(facts, if matches!(kind, 2 | 3 | 8) { long } else { short }, salt);
             let (count, config) = match kind {
                 0 | 7 => (many, exactly(many)),
                 1 | 3 => (1, exactly(1)),
                 2 => (few, exactly(few)),
+                8 => (few, GenerationConfig { prefill_chunk_size: Some(long.div_ceil(4)), ..exactly(few) }),
                 4 | 5 => (many, plain(salt)),
                 _ => (many, ending(engine.as_mut(), &tokens, many)?),
             };

@@ -15,6 +15,7 @@ mod outputs;
 mod paths;
 mod penalties;
 mod resources;
+mod rows;
 mod sampling;
 mod state;
 mod text;
@@ -114,6 +115,7 @@ pub fn all() -> Vec<Fault> {
         ("state", state::FAULTS),
         ("determinism", determinism::FAULTS),
         ("batch", batch::FAULTS),
+        ("rows", rows::FAULTS),
         ("extent", extent::FAULTS),
         ("paths", paths::FAULTS),
         ("concurrency", concurrency::FAULTS),

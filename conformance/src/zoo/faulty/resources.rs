@@ -1,7 +1,7 @@
 //! Faults of memory: figures that are not true, and what is left behind.
 
 use super::super::Fault;
-use super::super::naive::{Deviation, Naive, Weights};
+use super::super::naive::{Deviation, Naive, Sequence, Weights};
 use bitnet_contracts::{
     BitNetInference, GenerationConfig, GenerationResult, InferenceOutput, KVCache, MemoryUsage, Result, Tensor,
 };
@@ -30,6 +30,13 @@ pub(super) const FAULTS: &[Fault] = &[
         "MEM-3",
         "memory/resident",
         || Arc::new(SessionScratch),
+    ),
+    Fault::new(
+        "cache-kept-twice",
+        "keys and values are held twice and counted once",
+        "MEM-3: a transposed copy of the keys beside them",
+        "memory/resident",
+        || Arc::new(CacheKeptTwice),
     ),
     Fault::new(
         "own-head-not-counted",
@@ -100,6 +107,19 @@ impl Deviation for SessionScratch {
         let output = engine.honest_forward(ids, cache.as_deref_mut());
         if let (Ok(_), Some(cache)) = (&output, cache) {
             engine.held(cache)?.scratch = vec![1; 1 << 17];
+        }
+        output
+    }
+}
+
+struct CacheKeptTwice;
+
+impl Deviation for CacheKeptTwice {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, mut cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        let output = engine.honest_forward(ids, cache.as_deref_mut());
+        if let (Ok(_), Some(cache)) = (&output, cache) {
+            let held = engine.held(cache)?;
+            held.scratch = vec![1; held.sequences.iter().map(Sequence::bytes).sum()];
         }
         output
     }

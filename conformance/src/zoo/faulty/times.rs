@@ -82,6 +82,13 @@ pub(super) const FAULTS: &[Fault] = &[
         t.per_token.iter_mut().for_each(|time| *time /= 2);
     }),
     result("prefill-time-zero", "prefill takes no time", "SLA-7", |r| r.timing.prefill = Duration::ZERO),
+    Fault::new(
+        "prefill-time-of-the-last-piece",
+        "with prefill_chunk_size the time of the last piece is told for that of all",
+        "SLA-7: a clock that is started anew for each piece",
+        "sla/generation_times_are_true",
+        || Arc::new(TimeOfTheLastPiece),
+    ),
     result("token-times-even", "every token is given the same share of the whole", "SLA-7", |r| {
         let even = r.timing.total / r.timing.per_token.len().max(1) as u32;
         r.timing.per_token.iter_mut().for_each(|time| *time = even);
@@ -185,5 +192,14 @@ impl Deviation for SlowDeterminism {
             *first += wait;
         }
         Ok(result)
+    }
+}
+
+struct TimeOfTheLastPiece;
+
+impl Deviation for TimeOfTheLastPiece {
+    fn result(&self, result: &mut GenerationResult, config: &GenerationConfig) {
+        let pieces = config.prefill_chunk_size.map_or(1, |size| result.prompt_tokens.len().div_ceil(size.max(1)));
+        result.timing.prefill /= pieces.max(1) as u32;
     }
 }
