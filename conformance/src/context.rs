@@ -19,6 +19,9 @@ use std::time::Duration;
 /// How many failed assertions of one case are kept with their texts; all are counted.
 pub const MAX_FAILURES: usize = 20;
 
+/// How many of them may come from one place: one cause often fails the same assertion for every input.
+pub const MAX_ALIKE: usize = 4;
+
 /// Before the name of a tolerance in the `timings` of an outcome: errors of the clock, which no two runs repeat.
 pub const CLOCK_ERROR: &str = "tolerance.";
 
@@ -315,13 +318,11 @@ impl<'a> Context<'a> {
         self.assertions += 1;
         if !holds {
             self.failed += 1;
-            if self.failures.len() < MAX_FAILURES {
+            let at = format!("{}:{}", at.file(), at.line());
+            let alike = self.failures.iter().filter(|failure| failure.at == at).count();
+            if self.failures.len() < MAX_FAILURES && alike < MAX_ALIKE {
                 let (expected, seen) = texts();
-                self.failures.push(Failure {
-                    expected: clip(expected),
-                    seen: clip(seen),
-                    at: format!("{}:{}", at.file(), at.line()),
-                });
+                self.failures.push(Failure { expected: clip(expected), seen: clip(seen), at });
             }
             if self.fail_fast {
                 std::panic::resume_unwind(Box::new(FirstFailure));

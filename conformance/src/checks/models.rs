@@ -222,6 +222,12 @@ fn changes() -> Vec<(String, Edit)> {
 
 fn facts_are_read(ctx: &mut Context<'_>) -> CheckResult {
     let original = synthetic(ctx, "facts", &SMALL)?;
+    let subject = Subject::write(ctx, "unchanged", &original)?;
+    let truth = subject.clear_prompt(4, 710)?;
+    let seen = logits_of(subject.engine(ctx)?.as_mut(), &truth.tokens)?;
+    if !check_truth(ctx, "logits of the model before any change", &seen.data, &truth) {
+        return Ok(());
+    }
     for (name, change) in changes() {
         let mut model = original.clone();
         change(&mut model)?;

@@ -89,6 +89,30 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(Kept(|x| f16::from_f32(x).to_f32())),
     ),
     forward(
+        "undeclared-f16-cache-fp32",
+        "fp32 semantics: keys and values are kept in half precision, and float32 is declared",
+        "llama.cpp: --cache-type-k and -v are f16 by default",
+        "golden/logits",
+        || Arc::new(Kept(|x| f16::from_f32(x).to_f32())),
+    )
+    .fp32(),
+    forward(
+        "undeclared-bf16-residual-fp32",
+        "fp32 semantics: the residual stream is kept in bf16, and float32 is declared",
+        "transformers #29285 (a model in bf16 compared with one in float32)",
+        "golden/logits",
+        || Arc::new(Residual(|x| bf16::from_f32(x).to_f32())),
+    )
+    .fp32(),
+    forward(
+        "undeclared-f16-logits-fp32",
+        "fp32 semantics: logits are rounded to half precision, and float32 is declared",
+        "SPEC.md GLD-2",
+        "golden/logits",
+        || Arc::new(Logits(|_, logits| logits.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()))),
+    )
+    .fp32(),
+    forward(
         "undeclared-int8-cache",
         "keys and values are kept in steps of 1/16, and float32 is declared",
         "SPEC.md GLD-6",

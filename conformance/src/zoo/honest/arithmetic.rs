@@ -2,7 +2,7 @@
 //! declared, other ways to the activation factor and to the softmax, other element types of the outputs.
 
 use super::super::HonestVariant;
-use super::super::naive::{At, Deviation, Naive, Weights};
+use super::super::naive::{At, Deviation, Honest, Naive, Weights};
 use crate::backend::{Capabilities, Noise, Semantics};
 use crate::invariance::Invariance;
 use bitnet_contracts::{DType, InferenceOutput, KVCache, Result, Tensor};
@@ -43,6 +43,7 @@ pub(super) const VARIANTS: &[HonestVariant] = &[
     variant("sums-in-lanes-fp32", "float32 sums in eight lanes", Semantics::Fp32, || Arc::new(Sums(in_lanes))),
     variant("one-division", "the activation factor is one division", Semantics::W158A8, || Arc::new(OneDivision)),
     variant("one-pass-softmax", "the softmax in one pass, in float32", Semantics::W158A8, || Arc::new(OnePass)),
+    variant("noise-times-ten", "every step is off by up to ten roundings", Semantics::W158A8, || Arc::new(Noisy)),
     variant("rope-in-f64", "RoPE in double precision", Semantics::W158A8, || Arc::new(RopeInDouble)),
     variant("logits-f64", "logits are f64", Semantics::W158A8, || {
         Arc::new(Outputs(|mut o| {
@@ -159,6 +160,35 @@ impl Deviation for OnePass {
             total += (score - largest).exp();
         }
         scores.iter().map(|&score| f64::from((score as f32 - largest).exp() / total)).collect()
+    }
+}
+
+/// Approximations of roots, exponentials and divisions, each as good as fast ones are.
+struct Noisy;
+
+impl Noisy {
+    /// A number off by up to ten roundings, the same number always by the same.
+    fn off(x: f32) -> f32 {
+        let draw = x.to_bits().wrapping_mul(0x9e37_79b1) >> 16;
+        x * (1.0 + (draw as f32 / 32_768.0 - 1.0) * 10.0 * f32::EPSILON / 2.0)
+    }
+}
+
+impl Deviation for Noisy {
+    fn norm(&self, at: &At<'_>, x: &[f32], gain: &[f32], eps: f64) -> Vec<f32> {
+        Honest.norm(at, x, gain, eps).into_iter().map(Self::off).collect()
+    }
+
+    fn rescale(&self, at: &At<'_>, product: i32, scale: f32, k: f32) -> f32 {
+        Self::off(Honest.rescale(at, product, scale, k))
+    }
+
+    fn softmax(&self, at: &At<'_>, scores: &[f64]) -> Vec<f64> {
+        Honest.softmax(at, scores).into_iter().map(|p| f64::from(Self::off(p as f32))).collect()
+    }
+
+    fn gated(&self, gate: f32, up: f32) -> f32 {
+        Self::off(Honest.gated(gate, up))
     }
 }
 
