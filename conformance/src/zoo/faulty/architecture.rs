@@ -321,7 +321,7 @@ fn rotate(head: &mut [f32], position: f64, theta: f64) {
 }
 
 /// A base that no file can change.
-struct RopeBase(f64);
+pub(super) struct RopeBase(pub(super) f64);
 
 impl Deviation for RopeBase {
     fn weights(&self, weights: &mut Weights) {
@@ -359,7 +359,7 @@ impl Deviation for RopePosition {
 }
 
 /// Another key/value head.
-struct KvHead(fn(usize, usize, usize) -> usize);
+pub(super) struct KvHead(pub(super) fn(usize, usize, usize) -> usize);
 
 impl Deviation for KvHead {
     fn kv_head(&self, head: usize, heads: usize, kv_heads: usize) -> usize {

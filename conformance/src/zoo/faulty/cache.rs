@@ -163,7 +163,7 @@ pub(super) fn length(cache: Option<&KVCache>) -> usize {
 }
 
 /// RoPE: every call behind a filled cache is one position late.
-struct PositionsOffByOne;
+pub(super) struct PositionsOffByOne;
 
 impl Deviation for PositionsOffByOne {
     fn rope_position(&self, at: &At<'_>, position: usize) -> usize {

@@ -4,6 +4,7 @@ mod architecture;
 mod batch;
 mod cache;
 mod claims;
+mod coarse;
 mod concurrency;
 mod determinism;
 mod errors;
@@ -115,6 +116,7 @@ pub fn all() -> Vec<Fault> {
         ("state", state::FAULTS),
         ("determinism", determinism::FAULTS),
         ("batch", batch::FAULTS),
+        ("coarse", coarse::FAULTS),
         ("rows", rows::FAULTS),
         ("extent", extent::FAULTS),
         ("paths", paths::FAULTS),

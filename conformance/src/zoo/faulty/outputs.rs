@@ -172,15 +172,7 @@ pub(super) const FAULTS: &[Fault] = &[
         "hidden states are taken before the gain of the final norm",
         "SPEC.md SHP-5",
         "shape/hidden_states",
-        || {
-            Arc::new(Forward(|engine, ids, cache| {
-                let gain = engine.shared.weights.final_norm.clone();
-                let gain = Tensor::new(gain, &Device::Cpu)?;
-                let mut output = engine.honest_forward(ids, cache)?;
-                output.hidden_states = output.hidden_states.map(|h| h.broadcast_div(&gain)).transpose()?;
-                Ok(output)
-            }))
-        },
+        || Arc::new(without_gain()),
     ),
     forward(
         "hidden-states-of-the-first-row",
@@ -246,8 +238,19 @@ pub(super) const FAULTS: &[Fault] = &[
 
 type ForwardFn = fn(&mut Naive, &Tensor, Option<&mut KVCache>) -> Result<InferenceOutput>;
 
+/// Hidden states before the gain of the final norm.
+pub(super) fn without_gain() -> Forward {
+    Forward(|engine, ids, cache| {
+        let gain = engine.shared.weights.final_norm.clone();
+        let gain = Tensor::new(gain, &Device::Cpu)?;
+        let mut output = engine.honest_forward(ids, cache)?;
+        output.hidden_states = output.hidden_states.map(|h| h.broadcast_div(&gain)).transpose()?;
+        Ok(output)
+    })
+}
+
 /// Something before or after a whole forward call.
-struct Forward(ForwardFn);
+pub(super) struct Forward(ForwardFn);
 
 impl Deviation for Forward {
     fn forward(&self, engine: &mut Naive, ids: &Tensor, cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
