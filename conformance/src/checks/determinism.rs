@@ -5,10 +5,12 @@ use super::support::{
     Logits, chunked, forward, generate, greedy, logits_of, mix, other_token, plain, prompt, same_greedy, same_logits,
     try_forward,
 };
+use super::truth::{NARROW, Subject, synthetic};
 use crate::backend::{Capability, CreateOptions};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::invariance::{Axis, Level};
 use bitnet_contracts::{BitNetInference, GenerationConfig, KVCache};
+use fixtures::Spec;
 
 const DETERMINISM: Category = Category::Determinism;
 
@@ -231,6 +233,31 @@ fn threads(ctx: &mut Context<'_>) -> CheckResult {
             }
         }
     }
+    threads_far_out(ctx)
+}
+
+/// Positions of a long prompt: engines split attention between threads where there is enough of it.
+const LONG: usize = 600;
+
+fn threads_far_out(ctx: &mut Context<'_>) -> CheckResult {
+    let subject = Subject::write(ctx, "long", &synthetic(ctx, "long", &Spec { context: LONG, ..NARROW })?)?;
+    let tokens = prompt(subject.facts(), LONG, 67);
+    let mut expected: Option<Vec<f32>> = None;
+    for threads in [1, 2, 3, 8] {
+        let options = CreateOptions::default().with_threads(threads);
+        let mut engine = ctx.factory().create_with(&subject.fixture, &options)?;
+        let whole = logits_of(engine.as_mut(), &tokens[..LONG - 2])?.data;
+        let mut cache = KVCache::new(LONG);
+        let steps = chunked(engine.as_mut(), &tokens, &[LONG - 2, 1, 1], &mut cache)?.split_off(whole.len());
+        let seen = [whole, steps].concat();
+        match &expected {
+            None => expected = Some(seen),
+            Some(one) => {
+                let what = format!("logits of {LONG} positions and the last two as steps, {threads} threads against 1");
+                same_logits(ctx, Axis::Threads, what, &seen, one);
+            }
+        }
+    }
     Ok(())
 }
 
@@ -357,6 +384,22 @@ fn lookalikes(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_bits(format!("logits of {what}, after the prompt"), &seen[0], &logits);
         ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen[1], &cached);
         ctx.check_slices(format!("tokens from {what}, after the prompt"), &drawn, &made);
+    }
+    // A second turn: the prompt, what was made of it, and more or not.
+    let made = generate(engine.as_mut(), &base, 5, &greedy())?.generated_tokens;
+    let more = prompt(ctx.facts(), 2, 67);
+    let turns = [
+        ("its answer", [&base[..], &made].concat()),
+        ("its answer and more", [&base[..], &made, &more].concat()),
+        ("half its answer and more", [&base[..], &made[..made.len() / 2], &more].concat()),
+    ];
+    for (what, turn) in turns {
+        for (how, config) in [("drawn", plain(68)), ("taken greedily", greedy())] {
+            let expected = generate(ctx.engine()?.as_mut(), &turn, 8, &config)?.generated_tokens;
+            generate(engine.as_mut(), &base, 5, &greedy())?;
+            let seen = generate(engine.as_mut(), &turn, 8, &config)?.generated_tokens;
+            ctx.check_slices(format!("tokens {how} from the prompt and {what}, after the prompt"), &seen, &expected);
+        }
     }
     // The same prompt and seed with another configuration is another question as well.
     let others = [

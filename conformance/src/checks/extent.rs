@@ -4,15 +4,15 @@
 use super::edit::Model;
 use super::stats::{Rows, top_two};
 use super::support::{
-    EDIT_MODEL, chunked, exact, forward, generate, greedy, logits_of, own_greedy, own_margin, plain, prompt,
-    same_logits, until_eos,
+    EDIT_MODEL, Logits, chunked, exact, forward, generate, greedy, logits_of, own_greedy, own_margin, plain, prompt,
+    same_logits, try_forward, until_eos,
 };
 use super::truth::{NARROW, SMALL, Subject, check_truth, synthetic};
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::invariance::Axis;
 use crate::tolerance;
-use bitnet_contracts::{FinishReason, GenerationConfig, InferenceError, KVCache};
+use bitnet_contracts::{BitNetInference, FinishReason, GenerationConfig, InferenceError, KVCache, TokenizationError};
 use fixtures::{Eos, Spec, Storage};
 use std::sync::Barrier;
 
@@ -47,7 +47,7 @@ pub(super) const CHECKS: &[Check] = &[
         "KV-11",
         "kv_cache/far_pieces",
         Category::KvCache,
-        "pieces that begin, end and are truncated anywhere in a long sequence do not show",
+        "pieces that begin, end and are truncated anywhere in a long sequence, or are refused, do not show, in batches neither",
         far_pieces,
     ),
     check(
@@ -138,6 +138,74 @@ fn far_pieces(ctx: &mut Context<'_>) -> CheckResult {
         let what = format!("logits of {piece} positions behind {kept} that are left of {}", kept + wrongly);
         let vocab = whole.vocab;
         same_logits(ctx, Axis::Chunking, what, &seen, &whole.data[kept * vocab..(kept + piece) * vocab]);
+    }
+    refused_far_out(ctx, engine.as_mut(), &tokens, &whole)?;
+    if ctx.capabilities().batch { batch_in_pieces(ctx, engine.as_mut(), &tokens, &whole) } else { Ok(()) }
+}
+
+/// A long piece that is refused because of one of its last ids leaves nothing of itself.
+fn refused_far_out(
+    ctx: &mut Context<'_>,
+    engine: &mut dyn BitNetInference,
+    tokens: &[u32],
+    whole: &Logits,
+) -> CheckResult {
+    for kept in [0, 10, 70] {
+        let mut cache = KVCache::new(ROOMY.context);
+        if kept > 0 {
+            chunked(engine, tokens, &[kept], &mut cache)?;
+        }
+        for at in [70, 140, 220] {
+            let mut piece = tokens[kept..].to_vec();
+            piece[at] = whole.vocab as u32;
+            let result = try_forward(engine, &[piece], Some(&mut cache))?;
+            let what = format!("{} ids behind {kept}, of which number {at} is beyond the vocabulary", LONG - kept);
+            let name = "InvalidToken with its position in the call";
+            ctx.expect_error(&what, result, |error| invalid_at(error, at), name);
+            ctx.check_eq(format!("cache.len() after {what}"), cache.len(), kept);
+        }
+        let seen = chunked(engine, &tokens[kept..], &[100], &mut cache)?;
+        let expected = &whole.data[kept * whole.vocab..(kept + 100) * whole.vocab];
+        same_logits(
+            ctx,
+            Axis::Chunking,
+            format!("logits behind {kept} after long calls were refused"),
+            &seen,
+            expected,
+        );
+    }
+    Ok(())
+}
+
+fn invalid_at(error: &InferenceError, at: usize) -> bool {
+    let InferenceError::Tokenization(TokenizationError::InvalidToken { position, .. }) = error else { return false };
+    *position == at
+}
+
+/// Four rows through one cache, in pieces that make it grow with something in it.
+fn batch_in_pieces(
+    ctx: &mut Context<'_>,
+    engine: &mut dyn BitNetInference,
+    tokens: &[u32],
+    whole: &Logits,
+) -> CheckResult {
+    let vocab = whole.vocab as u32;
+    // The other rows are the first one with its ids moved round.
+    let moved = |by: u32| -> Vec<u32> { tokens.iter().map(|t| 3 + (t + by) % (vocab - 3)).collect() };
+    let rows = [tokens.to_vec(), moved(5), moved(11), moved(17)];
+    let mut alone = Vec::new();
+    for row in &rows {
+        alone.push(logits_of(engine, row)?.data);
+    }
+    let (mut cache, mut seen, mut start) = (KVCache::new(ROOMY.context), vec![Vec::new(); rows.len()], 0);
+    for size in [40, 60, 1, 92, 64, 43] {
+        let pieces: Vec<Vec<u32>> = rows.iter().map(|row| row[start..start + size].to_vec()).collect();
+        let logits = forward(engine, &pieces, Some(&mut cache))?;
+        seen.iter_mut().enumerate().for_each(|(row, seen)| seen.extend(logits.sequence(row)));
+        start += size;
+    }
+    for (row, (seen, alone)) in seen.iter().zip(&alone).enumerate() {
+        same_logits(ctx, Axis::Batch, format!("logits of row {row} of four, in pieces, up to {LONG}"), seen, alone);
     }
     Ok(())
 }

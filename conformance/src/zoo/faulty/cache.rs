@@ -19,21 +19,21 @@ pub(super) const FAULTS: &[Fault] = &[
     ),
     Fault::new(
         "prefill-after-decoding",
-        "a chunk of several tokens after a decode step begins at the position of that step",
+        "a chunk of 2 to 16 tokens after a decode step begins at the position of that step",
         "llama.cpp PR #4889; KV-1",
         "kv_cache/chunked_is_whole",
         || Arc::new(PrefillAfterDecoding::default()),
     ),
     Fault::new(
         "page-border-not-seen",
-        "decoding beyond 32 positions does not see the last one of the first page",
+        "decoding in the second page of 32 positions does not see the last one of the first",
         "mistral.rs #246; KV-1",
         "kv_cache/long_decode_is_whole",
         || Arc::new(PageBorder),
     ),
     Fault::new(
         "third-sequence-of-the-cache",
-        "the cache's stride is that of two sequences: the third one of a batch loses its first position",
+        "three sequences are cached with the stride of two: the third one loses its first position",
         "candle PR #2073; KV-1",
         "kv_cache/chunked_batch_is_whole",
         || Arc::new(ThirdSequence),
@@ -188,7 +188,7 @@ impl Deviation for PrefillAfterDecoding {
             Some(cache) if start > 0 => engine.held(cache).is_ok_and(|held| held.note > 0),
             _ => false,
         };
-        self.late.store(decoding && batch == 1 && seq > 1, Ordering::Relaxed);
+        self.late.store(decoding && batch == 1 && (2..=16).contains(&seq), Ordering::Relaxed);
         let output = engine.honest_forward(ids, cache.as_deref_mut())?;
         if let Some(cache) = cache {
             engine.held(cache)?.note = u64::from(decoding || start > 0 && seq == 1);
@@ -202,7 +202,7 @@ struct PageBorder;
 
 impl Deviation for PageBorder {
     fn sees(&self, at: &At<'_>, other: usize) -> bool {
-        let beyond = at.call.seq == 1 && at.position >= 32 && !at.call.generating;
+        let beyond = at.call.seq == 1 && (32..64).contains(&at.position) && !at.call.generating;
         other <= at.position && !(beyond && other == 31)
     }
 }
@@ -212,7 +212,7 @@ struct ThirdSequence;
 
 impl Deviation for ThirdSequence {
     fn sees(&self, at: &At<'_>, other: usize) -> bool {
-        other <= at.position && !(at.sequence == 2 && at.call.start > 0 && other == 0)
+        other <= at.position && !(at.call.batch == 3 && at.sequence == 2 && at.call.start > 0 && other == 0)
     }
 }
 

@@ -3,10 +3,11 @@
 use super::super::Fault;
 use super::super::naive::{At, Deviation, Honest, Naive, Weights};
 use super::Generates;
+use super::determinism::last_bit;
 use crate::case::Category;
 use bitnet_contracts::{
-    BitNetInference, FinishReason, GenerationConfig, GenerationResult, InferenceOutput, KVCache, MemoryError, Result,
-    Tensor,
+    BitNetInference, FinishReason, GenerationConfig, GenerationResult, InferenceError, InferenceOutput, KVCache,
+    MemoryError, Result, Tensor, TokenizationError,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,6 +35,30 @@ pub(super) const FAULTS: &[Fault] = &[
         "kv_cache/far_pieces",
         || Arc::new(PiecePastItsPage),
     ),
+    Fault::new(
+        "piece-validated-in-pieces",
+        "a call goes through in pieces of 128, each validated when its turn comes: those before a bad id stay in the cache",
+        "KV-4: validation inside the loop over micro-batches",
+        "kv_cache/far_pieces",
+        || Arc::new(ValidatedInPieces),
+    )
+    .only(&[Category::KvCache, Category::Errors, Category::Batch]),
+    Fault::new(
+        "values-not-moved",
+        "when the cache grows past 64 positions, rows after the first lose what they held",
+        "KV-11: a reallocation that moves one stride only",
+        "kv_cache/far_pieces",
+        || Arc::new(ValuesNotMoved),
+    )
+    .only(&[Category::KvCache, Category::Errors, Category::Batch]),
+    Fault::new(
+        "attention-split-by-threads",
+        "behind 256 positions attention is split between the threads, and rounds with their number",
+        "flash decoding (split-k); llama.cpp #7052",
+        "determinism/threads",
+        || Arc::new(SplitByThreads),
+    )
+    .only(&[Category::Determinism]),
     Fault::new(
         "eight-slots",
         "a ninth sequence of a batch is given the place of the first",
@@ -142,6 +167,59 @@ impl Deviation for PiecePastItsPage {
         let start = at.call.start;
         if !start.is_multiple_of(64) && at.position / 64 > start / 64 {
             values.fill(0.0);
+        }
+    }
+}
+
+/// Forward calls with a cache.
+struct ValidatedInPieces;
+
+impl Deviation for ValidatedInPieces {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, mut cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        const PIECE: usize = 128;
+        let seq = ids.dims().get(1).copied().unwrap_or(0);
+        if seq <= PIECE || cache.is_none() {
+            return engine.honest_forward(ids, cache);
+        }
+        let mut outputs = Vec::new();
+        for start in (0..seq).step_by(PIECE) {
+            let piece = ids.narrow(1, start, PIECE.min(seq - start))?.contiguous()?;
+            outputs.push(engine.honest_forward(&piece, cache.as_deref_mut()).map_err(|error| later(error, start))?);
+        }
+        let logits: Vec<&Tensor> = outputs.iter().map(|output| &output.logits).collect();
+        let logits = Tensor::cat(&logits, 1)?;
+        let mut output = outputs.swap_remove(0);
+        output.logits = logits;
+        Ok(output)
+    }
+}
+
+/// An error of a piece with the position that its token has in the call.
+fn later(error: InferenceError, by: usize) -> InferenceError {
+    match error {
+        InferenceError::Tokenization(TokenizationError::InvalidToken { position, token_id, vocab_size }) => {
+            TokenizationError::InvalidToken { position: position + by, token_id, vocab_size }.into()
+        }
+        other => other,
+    }
+}
+
+struct ValuesNotMoved;
+
+impl Deviation for ValuesNotMoved {
+    fn sees(&self, at: &At<'_>, other: usize) -> bool {
+        let start = at.call.start;
+        let grew = (1..64).contains(&start) && start + at.call.seq > 64;
+        other <= at.position && !(grew && at.sequence > 0 && other < start)
+    }
+}
+
+struct SplitByThreads;
+
+impl Deviation for SplitByThreads {
+    fn logits(&self, at: &At<'_>, _: u32, logits: &mut [f32]) {
+        if at.position > 256 && at.call.options.threads.is_some_and(|threads| threads > 1) {
+            last_bit(logits);
         }
     }
 }
