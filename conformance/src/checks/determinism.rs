@@ -385,22 +385,6 @@ fn lookalikes(ctx: &mut Context<'_>) -> CheckResult {
         ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen[1], &cached);
         ctx.check_slices(format!("tokens from {what}, after the prompt"), &drawn, &made);
     }
-    // A second turn: the prompt, what was made of it, and more or not.
-    let made = generate(engine.as_mut(), &base, 5, &greedy())?.generated_tokens;
-    let more = prompt(ctx.facts(), 2, 67);
-    let turns = [
-        ("its answer", [&base[..], &made].concat()),
-        ("its answer and more", [&base[..], &made, &more].concat()),
-        ("half its answer and more", [&base[..], &made[..made.len() / 2], &more].concat()),
-    ];
-    for (what, turn) in turns {
-        for (how, config) in [("drawn", plain(68)), ("taken greedily", greedy())] {
-            let expected = generate(ctx.engine()?.as_mut(), &turn, 8, &config)?.generated_tokens;
-            generate(engine.as_mut(), &base, 5, &greedy())?;
-            let seen = generate(engine.as_mut(), &turn, 8, &config)?.generated_tokens;
-            ctx.check_slices(format!("tokens {how} from the prompt and {what}, after the prompt"), &seen, &expected);
-        }
-    }
     // The same prompt and seed with another configuration is another question as well.
     let others = [
         ("greedily", greedy()),

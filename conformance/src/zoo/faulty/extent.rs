@@ -38,7 +38,7 @@ pub(super) const FAULTS: &[Fault] = &[
     Fault::new(
         "piece-validated-in-pieces",
         "a call goes through in pieces of 128, each validated when its turn comes: those before a bad id stay in the cache",
-        "KV-4: validation inside the loop over micro-batches",
+        "KV-6: validation inside the loop over micro-batches",
         "kv_cache/far_pieces",
         || Arc::new(ValidatedInPieces),
     )

@@ -2,12 +2,11 @@
 
 use super::super::Fault;
 use super::super::naive::{Deviation, Naive};
-use super::state::lock;
 use super::{Configured, Generates};
 use bitnet_contracts::{
     BitNetInference, GenerationConfig, GenerationResult, InferenceError, Result, TokenizationError,
 };
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 pub(super) const FAULTS: &[Fault] = &[
     Fault::new(
@@ -44,13 +43,6 @@ pub(super) const FAULTS: &[Fault] = &[
         },
     ),
     Fault::new(
-        "last-answer-taken-for-cached",
-        "a second turn reuses what the first one left, whose last token was never fed",
-        "llama.cpp server: prompt caching across turns; clause DET-10",
-        "determinism/lookalikes",
-        || Arc::new(SecondTurn::default()),
-    ),
-    Fault::new(
         "concurrent-without-minimum",
         "generate_concurrent takes no notice of min_new_tokens",
         "clause GEN-14: a configuration that is rebuilt field by field",
@@ -72,30 +64,6 @@ fn position_in_its_piece(
             Some(size),
         ) => Err(TokenizationError::InvalidToken { position: position % size, token_id, vocab_size }.into()),
         (result, _) => result,
-    }
-}
-
-/// The last generation's prompt and answer.
-#[derive(Default)]
-struct SecondTurn(Mutex<Vec<u32>>);
-
-impl Deviation for SecondTurn {
-    fn generate(
-        &self,
-        engine: &mut Naive,
-        prompt: &[u32],
-        max_tokens: usize,
-        config: &GenerationConfig,
-    ) -> Result<GenerationResult> {
-        let known = std::mem::take(&mut *lock(&self.0));
-        let mut fed = prompt.to_vec();
-        if !known.is_empty() && prompt.len() > known.len() && prompt.starts_with(&known) {
-            fed.remove(known.len() - 1);
-        }
-        let mut result = engine.honest_generate(&fed, max_tokens, config)?;
-        result.prompt_tokens = prompt.to_vec();
-        *lock(&self.0) = [prompt, &result.generated_tokens].concat();
-        Ok(result)
     }
 }
 
