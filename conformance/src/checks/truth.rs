@@ -96,6 +96,9 @@ pub(super) struct Subject {
     semantics: Semantics,
 }
 
+/// Attention probabilities, layer after layer.
+type Attention = Arc<Vec<Vec<f64>>>;
+
 /// Logits as they should be.
 #[derive(Clone)]
 pub(super) struct Truth {
@@ -209,8 +212,8 @@ impl Subject {
     }
 
     /// Attention probabilities of a sequence, layer after layer: `[position][head][position seen]`.
-    pub(super) fn attention(&self, tokens: &[u32]) -> Result<Arc<Vec<Vec<f64>>>, Stop> {
-        static ATTENTIONS: Memo<(u64, Semantics, Vec<u32>), Arc<Vec<Vec<f64>>>> = Memo::new();
+    pub(super) fn attention(&self, tokens: &[u32]) -> Result<Attention, Stop> {
+        static ATTENTIONS: Memo<(u64, Semantics, Vec<u32>), Attention> = Memo::new();
         ATTENTIONS.get((self.fingerprint, self.semantics, tokens.to_vec()), || {
             let mut run = self.oracle()?.start(self.semantics.oracle());
             run.attention = Some(Vec::new());
