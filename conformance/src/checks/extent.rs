@@ -47,9 +47,10 @@ pub(super) const CHECKS: &[Check] = &[
         "KV-11",
         "kv_cache/far_pieces",
         Category::KvCache,
-        "pieces that begin, end and are truncated anywhere in a long sequence, or are refused, do not show, in batches neither",
+        "in a long sequence, alone or in a batch, it does not show where pieces begin, end, are truncated or refused",
         far_pieces,
-    ),
+    )
+    .long(),
     check(
         "BAT-4",
         "batch/many_rows",
@@ -157,7 +158,7 @@ fn refused_far_out(
         }
         for at in [70, 140, 220] {
             let mut piece = tokens[kept..].to_vec();
-            piece[at] = whole.vocab as u32;
+            piece[at] = ROOMY.vocab as u32;
             let result = try_forward(engine, &[piece], Some(&mut cache))?;
             let what = format!("{} ids behind {kept}, of which number {at} is beyond the vocabulary", LONG - kept);
             let name = "InvalidToken with its position in the call";
@@ -189,12 +190,12 @@ fn batch_in_pieces(
     tokens: &[u32],
     whole: &Logits,
 ) -> CheckResult {
-    let vocab = whole.vocab as u32;
+    let vocab = ROOMY.vocab as u32;
     // The other rows are the first one with its ids moved round.
     let moved = |by: u32| -> Vec<u32> { tokens.iter().map(|t| 3 + (t + by) % (vocab - 3)).collect() };
     let rows = [tokens.to_vec(), moved(5), moved(11), moved(17)];
-    let mut alone = Vec::new();
-    for row in &rows {
+    let mut alone = vec![whole.data.clone()];
+    for row in &rows[1..] {
         alone.push(logits_of(engine, row)?.data);
     }
     let (mut cache, mut seen, mut start) = (KVCache::new(ROOMY.context), vec![Vec::new(); rows.len()], 0);

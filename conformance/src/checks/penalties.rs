@@ -31,8 +31,8 @@ pub(super) const CHECKS: &[Check] = &[
 
 /// A small model with a context of 128.
 const LONG_MODEL: &str = "gqa4-tied-f16";
-/// More tokens than the windows that engines are known to look back by: 64.
-const FAR: usize = 70;
+/// More tokens than the windows that engines are known to look back by (64), and nearly as many as the model has room for.
+const FAR: usize = 110;
 
 /// Of the prompts that a function makes of a number, the one whose first token is likeliest to come next, so that what is
 /// done to that token shows in many draws; and the logits that follow it.
@@ -181,7 +181,7 @@ fn penalty_scope(ctx: &mut Context<'_>) -> CheckResult {
     far_back(ctx)
 }
 
-/// The whole context counts, not its end: a token that came twice, 68 tokens ago, and no other one twice.
+/// The whole context counts, not its end: a token that came twice, [`FAR`] - 2 tokens ago, and no other one twice.
 fn far_back(ctx: &mut Context<'_>) -> CheckResult {
     let other = ctx.other_model(LONG_MODEL)?;
     let mut engine = ctx.factory().create(&other)?;
@@ -195,7 +195,11 @@ fn far_back(ctx: &mut Context<'_>) -> CheckResult {
     tokens[1] = twice;
     let config = GenerationConfig { frequency_penalty: -1000.0, ..super::support::greedy() };
     let seen = generate(engine.as_mut(), &tokens, 1, &config)?.generated_tokens;
-    ctx.check_slices(format!("a penalty over {FAR} tokens: the token"), &seen, &[twice]);
+    ctx.check_slices(
+        format!("frequency_penalty -1000 of a token seen twice, {} tokens ago: the token", FAR - 2),
+        &seen,
+        &[twice],
+    );
     Ok(())
 }
 

@@ -2,13 +2,12 @@
 
 use super::edit::Model;
 use super::support::{Logits, forward, ids, other_token, prompt, reach, same_logits};
-use super::truth::Subject;
+use super::truth::{Attention, Subject};
 use crate::backend::{Capability, CreateOptions, Noise, Semantics};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
 use crate::tolerance;
 use bitnet_contracts::{BitNetInference, DType, Device, KVCache, QuantizationType, Tensor};
-use std::sync::Arc;
 
 const SHAPE: Category = Category::Shape;
 
@@ -166,7 +165,7 @@ fn attention_weights(ctx: &mut Context<'_>) -> CheckResult {
 }
 
 /// `[batch × head × position × total]` of the positions from `past` on, from what the oracle gave for whole sequences.
-fn expected_attention(truth: &[Arc<Vec<Vec<f64>>>], layer: usize, heads: usize, past: usize, total: usize) -> Vec<f32> {
+fn expected_attention(truth: &[Attention], layer: usize, heads: usize, past: usize, total: usize) -> Vec<f32> {
     let mut values = Vec::new();
     for layers in truth {
         // The positions before p hold heads × (1 + 2 + … + p) weights.

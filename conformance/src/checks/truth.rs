@@ -18,7 +18,7 @@ use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 /// A small model that a check starts from: two layers, grouped heads, its own head, f32, every size a multiple of 16.
@@ -88,7 +88,6 @@ pub(super) fn synthetic(ctx: &Context<'_>, name: &str, spec: &Spec) -> Result<Mo
 pub(super) struct Subject {
     /// The folder as a fixture.
     pub fixture: ModelFixture,
-    dir: PathBuf,
     /// Of the folder's contents.
     fingerprint: u64,
     /// Read when it is first asked for something new.
@@ -96,11 +95,10 @@ pub(super) struct Subject {
     semantics: Semantics,
 }
 
-/// Attention probabilities, layer after layer.
-type Attention = Arc<Vec<Vec<f64>>>;
+/// Attention probabilities of a sequence, layer after layer: `[position][head][position seen]`.
+pub(super) type Attention = Arc<Vec<Vec<f64>>>;
 
 /// Logits as they should be.
-#[derive(Clone)]
 pub(super) struct Truth {
     /// The prompt.
     pub tokens: Vec<u32>,
@@ -125,23 +123,23 @@ impl Subject {
     pub(super) fn write(ctx: &Context<'_>, name: &str, model: &Model) -> Result<Self, Stop> {
         let dir = ctx.scratch().join(name);
         model.write(&dir)?;
-        Self::of(ctx, name, dir, model)
+        Self::of(ctx, name, &dir, model)
     }
 
     /// Takes a folder as it is.
     pub(super) fn open(ctx: &Context<'_>, name: &str, dir: &Path) -> Result<Self, Stop> {
-        Self::of(ctx, name, dir.to_path_buf(), &Model::read(dir)?)
+        Self::of(ctx, name, dir, &Model::read(dir)?)
     }
 
-    fn of(ctx: &Context<'_>, name: &str, dir: PathBuf, model: &Model) -> Result<Self, Stop> {
+    fn of(ctx: &Context<'_>, name: &str, dir: &Path, model: &Model) -> Result<Self, Stop> {
         let mut hasher = DefaultHasher::new();
         model.config.to_string().hash(&mut hasher);
         for (name, held) in &model.tensors {
             (name, &held.shape, format!("{:?}", held.dtype), &held.data).hash(&mut hasher);
         }
-        let fixture = ModelFixture::open(name, &dir)?;
+        let fixture = ModelFixture::open(name, dir)?;
         let semantics = ctx.capabilities().semantics;
-        Ok(Self { fixture, dir, fingerprint: hasher.finish(), oracle: OnceCell::new(), semantics })
+        Ok(Self { fixture, fingerprint: hasher.finish(), oracle: OnceCell::new(), semantics })
     }
 
     /// What the model's `config.json` says.
@@ -166,8 +164,8 @@ impl Subject {
         if let Some(oracle) = self.oracle.get() {
             return Ok(oracle);
         }
-        let oracle =
-            Oracle::load(&self.dir).map_err(|e| Stop::Inconclusive(format!("model {}: {e}", self.fixture.name())))?;
+        let oracle = Oracle::load(self.fixture.dir())
+            .map_err(|e| Stop::Inconclusive(format!("model {}: {e}", self.fixture.name())))?;
         Ok(self.oracle.get_or_init(|| oracle))
     }
 
@@ -211,7 +209,7 @@ impl Subject {
         self.truth(&tokens)
     }
 
-    /// Attention probabilities of a sequence, layer after layer: `[position][head][position seen]`.
+    /// The oracle's attention probabilities of a sequence.
     pub(super) fn attention(&self, tokens: &[u32]) -> Result<Attention, Stop> {
         static ATTENTIONS: Memo<(u64, Semantics, Vec<u32>), Attention> = Memo::new();
         ATTENTIONS.get((self.fingerprint, self.semantics, tokens.to_vec()), || {

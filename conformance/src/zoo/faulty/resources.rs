@@ -38,6 +38,17 @@ pub(super) const FAULTS: &[Fault] = &[
         "memory/resident",
         || Arc::new(CacheKeptTwice),
     ),
+    Fault::with(
+        "cache-told-by-its-first-page",
+        "the metrics of a pass count the first 64 positions of a cache only",
+        "MEM-2: bytes that are read before the cache grows",
+        "memory/cache_growth",
+        super::super::Build::Metrics(|m, call| {
+            let positions = call.start + call.seq;
+            m.cache_memory_usage = m.cache_memory_usage * positions.min(64) / positions.max(1);
+        }),
+    )
+    .on("tiny"),
     Fault::new(
         "own-head-not-counted",
         "the weights that are told leave out a head that is not the embedding",
