@@ -5,6 +5,7 @@ mod compare;
 use crate::backend::{BackendFactory, Capabilities, CreateOptions};
 use crate::case::{CheckResult, Stop};
 use crate::invariance::{Axis, Level};
+use crate::last_words;
 use crate::model::{ModelFacts, ModelFixture};
 use crate::verdict::{Failure, Outcome, Verdict};
 use bitnet_contracts::{BitNetInference, InferenceError, ThreadSafeInference};
@@ -196,7 +197,7 @@ impl<'a> Context<'a> {
         self.measure_with(key, value, f64::min, Location::caller());
     }
 
-    fn measure_with(&mut self, key: &str, value: f64, keep: fn(f64, f64) -> f64, at: &Location<'_>) {
+    fn measure_with(&mut self, key: &str, value: f64, keep: fn(f64, f64) -> f64, at: &'static Location<'static>) {
         if !value.is_finite() {
             self.assert(at, false, || (format!("measurement {key} is a finite number"), format!("{key} = {value}")));
             return;
@@ -314,8 +315,14 @@ impl<'a> Context<'a> {
         self.failed
     }
 
-    fn assert(&mut self, at: &Location<'_>, holds: bool, texts: impl FnOnce() -> (String, String)) -> bool {
+    fn assert(
+        &mut self,
+        at: &'static Location<'static>,
+        holds: bool,
+        texts: impl FnOnce() -> (String, String),
+    ) -> bool {
         self.assertions += 1;
+        last_words::asserted(self.assertions, at);
         if !holds {
             self.failed += 1;
             let at = format!("{}:{}", at.file(), at.line());

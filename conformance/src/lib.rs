@@ -18,6 +18,7 @@ pub mod expectations;
 pub mod gates;
 pub mod harness;
 pub mod invariance;
+mod last_words;
 pub mod measure;
 pub mod model;
 pub mod report;

@@ -227,9 +227,11 @@ impl Runner {
             model: model.clone(),
             scratch: scratch.to_path_buf(),
             fail_fast: self.fail_fast,
+            deadline_s: job.deadline.as_secs_f64(),
             schedule,
         };
         let deadline = job.deadline;
+        let before = processor_time(worker.child.id());
         let worker_tmp = worker.tmp.clone();
         let mut outcome = match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {
@@ -239,7 +241,7 @@ impl Runner {
                 answer.outcome
             }
             Ok(answer) => worker.bury(format!("the worker answered request {} with {}", serial, answer.serial)),
-            Err(Silence::Deadline) => worker.stop_at_deadline(deadline),
+            Err(Silence::Deadline) => worker.stop_at_deadline(deadline, before),
             Err(Silence::Closed) => worker.post_mortem(),
             Err(Silence::Garbled(what)) => worker.bury(what),
         };
@@ -348,13 +350,17 @@ impl Worker {
         }
     }
 
-    fn stop_at_deadline(mut self, deadline: Duration) -> Outcome {
+    /// `before` is the processor time that the worker had used when it was asked: one that waits for a lock uses none, and
+    /// one on a busy machine less than it was there. That is said with its last output, for no two runs repeat it.
+    fn stop_at_deadline(mut self, deadline: Duration, before: Option<f64>) -> Outcome {
+        let used = processor_time(self.child.id()).zip(before).map(|(now, before)| now - before);
         self.kill();
-        let mut outcome = Outcome::bare(
-            Verdict::Timeout,
-            format!("no answer within {:.1} s; the worker was killed", deadline.as_secs_f64()),
-        );
-        outcome.output_tail = self.tail.text();
+        let seconds = deadline.as_secs_f64();
+        let mut outcome =
+            Outcome::bare(Verdict::Timeout, format!("no answer within {seconds:.1} s; the worker was killed"));
+        let used = used.map(|used| format!("the worker computed for {used:.1} s of {seconds:.1} s"));
+        let said: Vec<String> = self.tail.text().into_iter().chain(used).collect();
+        outcome.output_tail = (!said.is_empty()).then(|| said.join("\n"));
         outcome
     }
 
@@ -391,6 +397,16 @@ impl Drop for Worker {
         self.kill();
         let _ = std::fs::remove_dir_all(&self.tmp);
     }
+}
+
+/// Seconds of processor time that all threads of a process have used, where `/proc` tells.
+fn processor_time(pid: u32) -> Option<f64> {
+    /// Linux counts them in hundredths of a second for every program, whatever it does itself (`USER_HZ`).
+    const TICKS: f64 = 100.0;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the executable stands in brackets and may hold anything; 11 fields behind it come the two times.
+    let mut times = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map(str::parse::<f64>);
+    Some((times.next()?.ok()? + times.next()?.ok()?) / TICKS)
 }
 
 /// How a process ended, in words.

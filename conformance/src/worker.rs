@@ -7,6 +7,7 @@
 use crate::backend::Registry;
 use crate::case::{Check, CheckResult, Stop};
 use crate::context::{Context, End, FirstFailure};
+use crate::last_words::LastWords;
 use crate::model::ModelFixture;
 use crate::repro::Schedule;
 use crate::verdict::{Outcome, Verdict};
@@ -34,6 +35,8 @@ pub(crate) struct Request {
     pub scratch: PathBuf,
     /// End at the first failed assertion.
     pub fail_fast: bool,
+    /// When the parent will kill this worker, seconds from now.
+    pub deadline_s: f64,
     /// The calls to make, in place of a check.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedule: Option<Schedule>,
@@ -68,9 +71,12 @@ fn serve(registry: &Registry, checks: &[Check]) -> std::io::Result<()> {
     let mut answers = std::os::unix::net::UnixStream::from(channel);
     let requests = BufReader::new(answers.try_clone()?);
     remember_panics();
+    let last_words = LastWords::start();
     for line in requests.lines() {
         let request: Request = serde_json::from_str(&line?).map_err(std::io::Error::other)?;
+        last_words.by(request.deadline_s);
         let outcome = handle(registry, checks, &request);
+        last_words.cancel();
         let mut text = serde_json::to_string(&Answer { serial: request.serial, outcome })?;
         text.push('\n');
         answers.write_all(text.as_bytes())?;
