@@ -32,6 +32,7 @@ pub(super) const CHECKS: &[Check] = &[
     ),
     Check::new("MEM-3", "memory/resident", MEMORY, "the figures match what the process holds", resident)
         .fresh()
+        .long()
         .within(180),
     Check::new(
         "MEM-4",
@@ -41,7 +42,8 @@ pub(super) const CHECKS: &[Check] = &[
         nothing_left_by_calls,
     )
     .fresh()
-    .within(180),
+    .within(180)
+    .long(),
     Check::new(
         "MEM-5",
         "memory/nothing_left_by_engines",
@@ -60,7 +62,8 @@ pub(super) const CHECKS: &[Check] = &[
     )
     .needs(Capability::ThreadSafe)
     .fresh()
-    .within(180),
+    .within(180)
+    .long(),
 ];
 
 /// Ternary parameters of a model.

@@ -98,7 +98,13 @@ impl Context<'_> {
         map.insert(key, kept);
     }
 
-    fn within(&mut self, at: &'static Location<'static>, error: f64, tolerance: &Tolerance, what: impl FnOnce() -> String) -> bool {
+    fn within(
+        &mut self,
+        at: &'static Location<'static>,
+        error: f64,
+        tolerance: &Tolerance,
+        what: impl FnOnce() -> String,
+    ) -> bool {
         self.note_error(error, tolerance);
         let (limit, unit) = (tolerance.limit(), tolerance.unit());
         self.assert(at, error <= limit, || {

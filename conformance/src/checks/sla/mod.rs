@@ -34,7 +34,8 @@ pub(super) const CHECKS: &[Check] = &[
         latency::time_to_first_token,
     )
     .exclusive()
-    .within(300),
+    .within(300)
+    .long(),
     Check::new(
         "SLA-3",
         "sla/metrics_are_true",
@@ -50,7 +51,8 @@ pub(super) const CHECKS: &[Check] = &[
         determinism_is_free,
     )
     .exclusive()
-    .within(300),
+    .within(300)
+    .long(),
     Check::new(
         "SLA-6",
         "sla/time_per_output_token",
@@ -59,14 +61,16 @@ pub(super) const CHECKS: &[Check] = &[
         latency::generation,
     )
     .exclusive()
-    .within(300),
+    .within(300)
+    .long(),
     Check::new(
         "SLA-7",
         "sla/generation_times_are_true",
         SLA,
         "the times of a generation are what happened, one for each id returned",
         truth::generation_times_are_true,
-    ),
+    )
+    .long(),
 ];
 
 /// Leaves a set of samples in the report: the one place through which they all go.

@@ -1,7 +1,7 @@
 //! Faults of declarations: engines that say they cannot, and answer all the same.
 
 use super::super::Fault;
-use super::super::naive::{At, Deviation, Honest, Naive, Site};
+use super::super::naive::{At, Deviation, Honest, Naive, Site, Ternary};
 use crate::backend::{Capabilities, CreateOptions};
 use bitnet_contracts::{InferenceOutput, KVCache, Result, Tensor};
 use std::sync::Arc;
@@ -149,9 +149,10 @@ impl Deviation for StopTextsIgnored {
 struct InstructionSetShows;
 
 impl Deviation for InstructionSetShows {
-    fn dot(&self, at: &At<'_>, _: usize, trits: &[i8], codes: &[i16]) -> i32 {
+    fn dots(&self, at: &At<'_>, matrix: &Ternary, codes: &[i16]) -> Vec<i32> {
         let paired = at.call.options.isa.as_deref() == Some("paired") && at.site == Site::Down;
-        let used = trits.len() - usize::from(paired);
-        trits[..used].iter().zip(codes).map(|(&t, &c)| i32::from(t) * i32::from(c)).sum()
+        let used = matrix.columns - usize::from(paired);
+        let dot = |trits: &[i8]| trits[..used].iter().zip(codes).map(|(&t, &c)| i32::from(t) * i32::from(c)).sum();
+        matrix.each_row().map(dot).collect()
     }
 }

@@ -366,8 +366,8 @@ impl Deviation for TailRows {
 struct Dot(fn(&[i8], &[i16]) -> i32);
 
 impl Deviation for Dot {
-    fn dot(&self, _: &At<'_>, _: usize, trits: &[i8], codes: &[i16]) -> i32 {
-        (self.0)(trits, codes)
+    fn dots(&self, _: &At<'_>, matrix: &Ternary, codes: &[i16]) -> Vec<i32> {
+        matrix.each_row().map(|trits| (self.0)(trits, codes)).collect()
     }
 }
 
@@ -383,9 +383,10 @@ fn in_lanes(trits: &[i8], codes: &[i16], add: fn(i16, i16) -> i16) -> i32 {
 struct FloatDotInF16;
 
 impl Deviation for FloatDotInF16 {
-    fn dot_float(&self, _: &At<'_>, trits: &[i8], x: &[f32]) -> f32 {
+    fn dots_float(&self, _: &At<'_>, matrix: &Ternary, x: &[f32]) -> Vec<f32> {
         let half = |x: f32| f16::from_f32(x).to_f32();
-        trits.iter().zip(x).fold(0.0, |sum, (&t, &x)| half(sum + f32::from(t) * x))
+        let dot = |trits: &[i8]| trits.iter().zip(x).fold(0.0, |sum, (&t, &x)| half(sum + f32::from(t) * x));
+        matrix.each_row().map(dot).collect()
     }
 }
 
@@ -403,12 +404,12 @@ impl Deviation for SignOfMinus128 {
         (x.iter().map(|&v| (v * k).round_ties_even().clamp(-128.0, 127.0) as i16).collect(), k)
     }
 
-    fn dot(&self, _: &At<'_>, _: usize, trits: &[i8], codes: &[i16]) -> i32 {
+    fn dots(&self, _: &At<'_>, matrix: &Ternary, codes: &[i16]) -> Vec<i32> {
         let signed = |(&t, &c): (&i8, &i16)| match t {
             -1 => i32::from((c as i8).wrapping_neg()),
             t => i32::from(t) * i32::from(c),
         };
-        trits.iter().zip(codes).map(signed).sum()
+        matrix.each_row().map(|trits| trits.iter().zip(codes).map(signed).sum()).collect()
     }
 }
 

@@ -2,7 +2,7 @@
 //! declared, other ways to the activation factor and to the softmax, other element types of the outputs.
 
 use super::super::HonestVariant;
-use super::super::naive::{At, Deviation, Honest, Naive, Weights};
+use super::super::naive::{At, Deviation, Honest, Naive, Ternary, Weights};
 use crate::backend::{Capabilities, Noise, Semantics};
 use crate::invariance::Invariance;
 use bitnet_contracts::{DType, InferenceOutput, KVCache, Result, Tensor};
@@ -100,8 +100,9 @@ impl Deviation for Sums {
         x.iter().zip(gain).map(|(v, g)| g * (v * factor)).collect()
     }
 
-    fn dot_float(&self, _: &At<'_>, trits: &[i8], x: &[f32]) -> f32 {
-        (self.0)(&trits.iter().zip(x).map(|(&t, v)| f32::from(t) * v).collect::<Vec<_>>())
+    fn dots_float(&self, _: &At<'_>, matrix: &Ternary, x: &[f32]) -> Vec<f32> {
+        let dot = |trits: &[i8]| (self.0)(&trits.iter().zip(x).map(|(&t, v)| f32::from(t) * v).collect::<Vec<_>>());
+        matrix.each_row().map(dot).collect()
     }
 
     fn rescale(&self, _: &At<'_>, product: i32, scale: f32, k: f32) -> f32 {

@@ -3,10 +3,11 @@
 //! There are two kinds. Inner points stand inside the forward pass and the sampler: one number, one row, one choice. Outer
 //! points stand around a whole call of the contracts and may do before, after or instead of it what they like.
 
+use super::arithmetic::{self, dot_float, rotation, round_ties_even};
 use super::cache::Sequence;
 use super::engine::Naive;
 use super::sampler::{self, SplitMix, Step};
-use super::weights::Weights;
+use super::weights::{Ternary, Weights};
 use crate::backend::{Capabilities, CreateOptions};
 use crate::model::ModelFixture;
 use bitnet_contracts::{
@@ -163,14 +164,12 @@ pub trait Deviation: Send + Sync + 'static {
     fn quantise(&self, at: &At<'_>, x: &[f32]) -> (Vec<i16>, f32) {
         let largest = x.iter().fold(1e-5f32, |a, &v| a.max(v.abs()));
         let k = (1.0 / largest) * 127.0;
-        (x.iter().map(|&v| (v * k).round_ties_even().clamp(-128.0, 127.0) as i16).collect(), k)
+        (x.iter().map(|&v| round_ties_even(v * k).clamp(-128.0, 127.0) as i16).collect(), k)
     }
 
-    /// One output of a ternary product in integers.
-    fn dot(&self, at: &At<'_>, row: usize, trits: &[i8], codes: &[i16]) -> i32 {
-        // Sixteen bits by sixteen: vector units multiply and add such pairs in one step, unless each sum is checked.
-        let product = |t: i8, c: i16| i32::from(i16::from(t)).wrapping_mul(i32::from(c));
-        trits.iter().zip(codes).fold(0, |sum: i32, (&t, &c)| sum.wrapping_add(product(t, c)))
+    /// A ternary product in integers, one output a row.
+    fn dots(&self, at: &At<'_>, matrix: &Ternary, codes: &[i16]) -> Vec<i32> {
+        arithmetic::dots(matrix, codes)
     }
 
     /// From the integer to the real product.
@@ -178,9 +177,9 @@ pub trait Deviation: Send + Sync + 'static {
         (f64::from(product) * f64::from(scale) / f64::from(k)) as f32
     }
 
-    /// One output of a ternary product in floats, before the scale.
-    fn dot_float(&self, at: &At<'_>, trits: &[i8], x: &[f32]) -> f32 {
-        super::forward::dot(trits, x)
+    /// A ternary product in floats, before the scale.
+    fn dots_float(&self, at: &At<'_>, matrix: &Ternary, x: &[f32]) -> Vec<f32> {
+        matrix.each_row().map(|row| dot_float(row, x)).collect()
     }
 
     /// The outputs of a whole projection.
@@ -194,11 +193,7 @@ pub trait Deviation: Send + Sync + 'static {
     /// Rotary embedding of one head in place: pairs are half a head apart.
     fn rope(&self, at: &At<'_>, head: &mut [f32], position: usize, theta: f64) {
         let size = head.len();
-        for i in 0..size / 2 {
-            let exponent = f64::from((2.0 * i as f64 / size as f64) as f32);
-            let inverse = (1.0 / libm::pow(theta, exponent) as f32) as f32;
-            let angle = f64::from(position as f32 * inverse);
-            let (sin, cos) = (f64::from(libm::sin(angle) as f32), f64::from(libm::cos(angle) as f32));
+        for (i, &(sin, cos)) in rotation(theta, size, position).iter().enumerate() {
             let (a, b) = (f64::from(head[i]), f64::from(head[i + size / 2]));
             head[i] = (a * cos - b * sin) as f32;
             head[i + size / 2] = (b * cos + a * sin) as f32;
@@ -223,6 +218,16 @@ pub trait Deviation: Send + Sync + 'static {
         1.0 / (head_dim as f64).sqrt()
     }
 
+    /// The scores of one query against every position held, of whose rows of keys this head's part begins at `offset`.
+    fn scores(&self, at: &At<'_>, q: &[f32], keys: &[f32], stride: usize, offset: usize) -> Vec<f64> {
+        let scale = self.attention_scale(q.len());
+        let score = |j: usize| match self.sees(at, j) {
+            true => f64::from(dot_float(q, &keys[j * stride + offset..][..q.len()])) * scale,
+            false => f64::NEG_INFINITY,
+        };
+        (0..keys.len() / stride.max(1)).map(score).collect()
+    }
+
     /// Probabilities from scores.
     fn softmax(&self, at: &At<'_>, scores: &[f64]) -> Vec<f64> {
         let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -244,7 +249,7 @@ pub trait Deviation: Send + Sync + 'static {
 
     /// The logits of a final hidden state.
     fn head(&self, at: &At<'_>, weights: &Weights, hidden: &[f32]) -> Vec<f32> {
-        weights.head().chunks_exact(hidden.len()).map(|row| super::forward::dot(row, hidden)).collect()
+        weights.head().chunks_exact(hidden.len()).map(|row| dot_float(row, hidden)).collect()
     }
 
     /// The logits of one position, before anybody sees them.

@@ -53,17 +53,6 @@ pub fn unstable(place: &str) -> InferenceError {
     ForwardPassError::NumericalInstability { details: format!("NaN or infinity in {place}") }.into()
 }
 
-/// Sum of products in f64: eight sums side by side, for each addition waits for the one before it.
-pub fn dot<A: Copy + Into<f64>>(a: &[A], b: &[f32]) -> f32 {
-    let mut sums = [0.0; 8];
-    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
-        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
-            *sum += a.into() * f64::from(b);
-        }
-    }
-    sums.iter().sum::<f64>() as f32
-}
-
 impl Pass<'_> {
     /// Appends tokens to a sequence. On an error the sequence holds what it held, and no more is to be read from it than
     /// its `len` says.
@@ -165,15 +154,13 @@ impl Pass<'_> {
         }
         let d = self.deviation;
         let mut out: [Vec<f32>; N] = match self.semantics {
-            Semantics::Fp32 => matrices.map(|(site, m)| {
-                let at = at(layer, site);
-                (0..m.rows).map(|r| d.dot_float(&at, m.row(r), x) * m.scale).collect()
-            }),
+            Semantics::Fp32 => matrices
+                .map(|(site, m)| d.dots_float(&at(layer, site), m, x).into_iter().map(|sum| sum * m.scale).collect()),
             Semantics::W158A8 => {
                 let (codes, k) = d.quantise(&at(layer, matrices[0].0), x);
                 matrices.map(|(site, m)| {
                     let at = at(layer, site);
-                    (0..m.rows).map(|r| d.rescale(&at, d.dot(&at, r, m.row(r), &codes), m.scale, k)).collect()
+                    d.dots(&at, m, &codes).into_iter().map(|sum| d.rescale(&at, sum, m.scale, k)).collect()
                 })
             }
         };
@@ -188,17 +175,11 @@ impl Pass<'_> {
         let (facts, d) = (&self.weights.facts, self.deviation);
         let (size, stride) = (facts.head_dim, facts.kv_heads * facts.head_dim);
         let (keys, values) = (&sequence.keys[at.layer], &sequence.values[at.layer]);
-        let held = keys.len() / stride.max(1);
         let mut out = vec![0.0f32; q.len()];
         for (h, (q, out)) in q.chunks_exact(size).zip(out.chunks_exact_mut(size)).enumerate() {
             let offset = d.kv_head(h, facts.heads, facts.kv_heads) * size;
             let row = |j: usize| j * stride + offset..j * stride + offset + size;
-            let scores: Vec<f64> = (0..held)
-                .map(|j| match d.sees(at, j) {
-                    true => f64::from(dot(q, &keys[row(j)])) * d.attention_scale(size),
-                    false => f64::NEG_INFINITY,
-                })
-                .collect();
+            let scores = d.scores(at, q, keys, stride, offset);
             let probabilities = d.softmax(at, &scores);
             for (j, p) in probabilities.iter().enumerate().filter(|(_, p)| **p != 0.0) {
                 for (o, v) in out.iter_mut().zip(&values[row(j)]) {

@@ -3,6 +3,7 @@
 //! With the default answers it is right: the golden oracle's steps in f32, one token after another, every product a sum of
 //! integers. A faulty backend is this engine with one answer that is wrong, an honest one differs where engines may differ.
 
+mod arithmetic;
 mod cache;
 mod deviation;
 mod engine;

@@ -28,6 +28,11 @@ impl Ternary {
         }
     }
 
+    /// All rows.
+    pub fn each_row(&self) -> impl Iterator<Item = &[i8]> {
+        (0..self.rows).map(|row| self.row(row))
+    }
+
     /// One row.
     pub fn row(&self, row: usize) -> &[i8] {
         &self.trits[row * self.columns..(row + 1) * self.columns]
