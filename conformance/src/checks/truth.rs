@@ -254,7 +254,10 @@ pub(super) fn check_truth_within(
             ctx.compared(seen.len());
             let (row, worst) = rows.worst_pearson();
             let what = format!("{what}: 1 - correlation of the worst row (row {row}) with the oracle");
-            ctx.check_at_most(what, 1.0 - worst, tolerance::FP32_CORRELATION.limit())
+            match noise {
+                Noise::F32 => ctx.check_at_most(what, 1.0 - worst, tolerance::FP32_CORRELATION.limit()),
+                Noise::Coarse => ctx.check_within(what, 1.0 - worst, &tolerance::COARSE_CORRELATION),
+            }
         }
     }
 }

@@ -3,12 +3,13 @@
 //! A fault is tried on each check until it is caught there: model after model, each case up to its first failed assertion.
 //! Checks of time and memory take seconds, so only faults of time and memory are tried on them. Long checks come last,
 //! and a fault that two others have caught is spared them: it is no check's own whatever they say, unless one of them is
-//! there for it. Honest backends run everything, the plainest ones on more models, and are judged as any backend is.
+//! there for it. Honest backends run everything, the plainest ones on more models, those with 16-bit floats on all golden
+//! ones, and are judged as any backend is.
 //! Nothing runs alone: a check that needed an idle machine would blame busy ones.
 
 use super::proof::{FaultRow, HonestRow, Proof};
 use super::{Fault, HonestVariant, faulty, honest};
-use crate::backend::{BackendFactory, Capabilities, Registry};
+use crate::backend::{BackendFactory, Capabilities, Noise, Registry};
 use crate::case::{Category, Check, ModelSet};
 use crate::checks::probes;
 use crate::model::Model;
@@ -68,16 +69,31 @@ enum Of {
     Honest(usize),
 }
 
+/// What a backend is tried on beside [`MAIN_MODEL`].
+#[derive(Clone, Copy)]
+enum Beside {
+    /// A model of its own, where it has one.
+    One(Option<&'static str>),
+    /// [`MORE_MODELS`].
+    More,
+    /// Every golden model where golden logits are asked for: each has rows that may be near an edge of their own.
+    Golden,
+}
+
 /// The models that a check is tried on.
-fn models_for(check: &Check, extra: Option<&str>, more: bool, all: &[Arc<Model>]) -> Vec<Arc<Model>> {
+fn models_for(check: &Check, beside: Beside, all: &[Arc<Model>]) -> Vec<Arc<Model>> {
+    if matches!((beside, check.models), (Beside::Golden, ModelSet::Golden)) {
+        return all.iter().filter(|m| check.models.takes(m, false)).cloned().collect();
+    }
+    let (extra, more): (Option<&str>, &[&str]) = match beside {
+        Beside::One(extra) => (extra, &[]),
+        Beside::More => (None, &MORE_MODELS),
+        Beside::Golden => (None, &[]),
+    };
     let named = |name: &str| all.iter().find(|m| m.name() == name).cloned();
     let mut names: Vec<&str> = match check.models {
         ModelSet::Only(name) => vec![name],
-        _ => extra
-            .into_iter()
-            .chain([MAIN_MODEL])
-            .chain(if more { &MORE_MODELS[..] } else { &[] }.iter().copied())
-            .collect(),
+        _ => extra.into_iter().chain([MAIN_MODEL]).chain(more.iter().copied()).collect(),
     };
     names.dedup();
     let mut models: Vec<Arc<Model>> =
@@ -107,13 +123,12 @@ pub fn run(
         honest: variants.iter().map(honest_row).collect(),
     };
     let mut tasks = Vec::new();
-    let mut add =
-        |factory: Arc<dyn BackendFactory>, of: Of, extra: Option<&str>, more: bool, only: &dyn Fn(&Check) -> bool| {
-            for check in checks.iter().filter(|c| only(c)) {
-                let models = models_for(check, extra, more, &all);
-                tasks.push(Task { backend: factory.clone(), check: check.clone(), models, of });
-            }
-        };
+    let mut add = |factory: Arc<dyn BackendFactory>, of: Of, beside: Beside, only: &dyn Fn(&Check) -> bool| {
+        for check in checks.iter().filter(|c| only(c)) {
+            let models = models_for(check, beside, &all);
+            tasks.push(Task { backend: factory.clone(), check: check.clone(), models, of });
+        }
+    };
     for (i, fault) in faults.iter().enumerate() {
         if let Ok(factory) = registry.get(&fault.factory().name) {
             let costly = ["times", "resources"].contains(&fault.class);
@@ -123,12 +138,17 @@ pub fn run(
                 Some(only) => only.contains(&check.category),
                 None => costly || !matches!(check.category, Category::Sla | Category::Memory),
             };
-            add(factory.clone(), Of::Fault(i), fault.model, false, &only);
+            add(factory.clone(), Of::Fault(i), Beside::One(fault.model), &only);
         }
     }
     for (i, variant) in variants.iter().enumerate() {
         if let Ok(factory) = registry.get(&variant.factory().name) {
-            add(factory.clone(), Of::Honest(i), None, variant.name.starts_with("plain"), &|_| true);
+            let beside = match factory.capabilities().noise {
+                _ if variant.name.starts_with("plain") => Beside::More,
+                Noise::Coarse => Beside::Golden,
+                Noise::F32 => Beside::One(None),
+            };
+            add(factory.clone(), Of::Honest(i), beside, &|_| true);
         }
     }
     // What takes long comes last, so that it is known by then what it is needed for.

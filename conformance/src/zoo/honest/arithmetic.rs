@@ -62,6 +62,7 @@ pub(super) const VARIANTS: &[HonestVariant] = &[
     coarse("bf16-cache", "keys and values are bf16", || Arc::new(Kept(|x| bf16::from_f32(x).to_f32()))),
     coarse("bf16-norms", "norms give bf16", || Arc::new(NormsInBf16)),
     coarse("bf16-residual", "the residual stream is bf16", || Arc::new(ResidualInBf16)),
+    coarse("bf16-throughout", "all that goes from one step to the next is bf16", || Arc::new(Bf16Throughout)),
     HonestVariant {
         declare: rounded_outputs,
         ..coarse("logits-f16", "logits are f16", || {
@@ -235,6 +236,42 @@ struct ResidualInBf16;
 impl Deviation for ResidualInBf16 {
     fn residual(&self, _: &At<'_>, x: &mut [f32], y: &[f32]) {
         x.iter_mut().zip(y).for_each(|(x, y)| *x = bf16::from_f32(*x + y).to_f32());
+    }
+}
+
+/// As a model that was moved to bf16 computes.
+struct Bf16Throughout;
+
+impl Deviation for Bf16Throughout {
+    fn embed(&self, at: &At<'_>, weights: &Weights, token: u32) -> Vec<f32> {
+        let mut x = Honest.embed(at, weights, token);
+        self.projected(at, &mut x);
+        x
+    }
+
+    fn norm(&self, at: &At<'_>, x: &[f32], gain: &[f32], eps: f64) -> Vec<f32> {
+        NormsInBf16.norm(at, x, gain, eps)
+    }
+
+    fn projected(&self, _: &At<'_>, values: &mut [f32]) {
+        values.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+    }
+
+    fn remember(&self, at: &At<'_>, values: &mut [f32]) {
+        self.projected(at, values);
+    }
+
+    fn softmax(&self, at: &At<'_>, scores: &[f64]) -> Vec<f64> {
+        let rounded: Vec<f64> = scores.iter().map(|&s| bf16::from_f64(s).to_f64()).collect();
+        Honest.softmax(at, &rounded).into_iter().map(|p| bf16::from_f64(p).to_f64()).collect()
+    }
+
+    fn residual(&self, at: &At<'_>, x: &mut [f32], y: &[f32]) {
+        ResidualInBf16.residual(at, x, y);
+    }
+
+    fn gated(&self, gate: f32, up: f32) -> f32 {
+        bf16::from_f32(Honest.gated(gate, up)).to_f32()
     }
 }
 
