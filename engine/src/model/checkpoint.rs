@@ -237,7 +237,7 @@ impl Checkpoint {
         if !(stored > 0.0 && scale.is_finite()) {
             return Err(QuantizationError::InvalidScale { tensor: scale_name, value: stored }.into());
         }
-        Ok(TernaryTensor { name: weight, rows, columns, scale, source: TernarySource::Packed(packed) })
+        Ok(TernaryTensor { name: weight, rows, columns, scale, source: TernarySource::Packed(Box::new(packed)) })
     }
 
     /// Lets the system drop the pages of a tensor that has been read.

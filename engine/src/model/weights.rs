@@ -3,7 +3,7 @@
 use bitnet_contracts::Result;
 use half::bf16;
 
-use crate::ternary::HfPacked;
+use crate::ternary::PackedRows;
 
 /// A `[rows, columns]` matrix in the precision of the file (f16 is widened to f32).
 #[derive(Debug)]
@@ -90,7 +90,7 @@ pub struct TernaryTensor<'a> {
 
 #[derive(Debug)]
 pub(super) enum TernarySource<'a> {
-    Packed(HfPacked<'a>),
+    Packed(Box<dyn PackedRows + 'a>),
     /// Master weights, ternarised by absmean as `transformers` `WeightQuant` does: `clamp(round(w * inverse), -1, 1)`.
     Master {
         values: FloatMatrix,
