@@ -2,12 +2,16 @@
 
 mod checkpoint;
 mod description;
+pub mod gguf;
+mod hf_folder;
 #[allow(unsafe_code)]
+mod mapped_file;
 mod safetensors_file;
 mod tokenizer;
 mod weights;
 
 pub use checkpoint::{Checkpoint, ModelSource, TensorSummary};
-pub use description::{ModelDescription, WeightScale};
+pub use description::{Activation, ModelDescription, WeightScale};
+pub use gguf::{GgufOptions, GgufSource};
 pub use tokenizer::Tokenizer;
 pub use weights::{FloatMatrix, FloatRows, TernaryTensor};

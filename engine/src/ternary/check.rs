@@ -67,7 +67,7 @@ pub fn usable_scale(name: &str, scale: f32) -> Result<f32> {
 }
 
 /// The scale as f16, rounded to nearest; refused when it is outside f16's normal range.
-pub(super) fn to_f16(name: &str, scale: f32) -> Result<f16> {
+pub(crate) fn to_f16(name: &str, scale: f32) -> Result<f16> {
     let half = f16::from_f32(usable_scale(name, scale)?);
     if half.is_normal() {
         return Ok(half);

@@ -29,6 +29,7 @@ pub mod tl_kernel;
 pub mod tq1_0;
 pub mod tq2_0;
 
+pub(crate) use check::to_f16 as half_scale;
 pub use check::usable_scale;
 pub use hf_packed::HfPacked;
 pub use i2_s::{I2S, I2sLayout};

@@ -26,6 +26,14 @@ pub type TlKernels = BTreeMap<(usize, usize), TlKernel>;
 /// Most bytes of a kernel_config.ini.
 pub const MAX_INI_BYTES: u64 = 1 << 20;
 
+/// Kernel parameters as a `kernel_config.ini` has them.
+pub fn to_ini(kernels: &TlKernels) -> String {
+    let sections = kernels.iter().enumerate().map(|(i, (&(m, k), &TlKernel { bm, bk, bmm }))| {
+        format!("[Kernels_{i}]\nm = {m}\nk = {k}\nbm = {bm}\nbk = {bk}\nbmm = {bmm}\n\n")
+    });
+    sections.collect()
+}
+
 impl TlKernel {
     /// The parameters of bitnet.cpp's preset for a shape, TL1 or TL2: the shapes of bitnet_b1_58-large, bitnet_b1_58-3B and
     /// Llama3-8B-1.58 (`setup_env.py`).
@@ -124,6 +132,7 @@ mod tests {
         let text = "[Kernels_0]\nm = 3200\nk = 8640\nbm = 160\nbk = 64\nbmm = 32\n\n[Kernels_1]\nm = 64\nk=64\nbm=64\nbk=64\nbmm=64\n";
         let kernels = TlKernel::parse_ini(text, "kernel_config.ini").unwrap();
         assert_eq!(kernels.len(), 2);
+        assert_eq!(TlKernel::parse_ini(&to_ini(&kernels), "again").unwrap(), kernels);
         assert_eq!(kernels[&(3200, 8640)], TlKernel::preset(false, 3200, 8640).unwrap());
     }
 
