@@ -11,8 +11,8 @@ use safetensors::Dtype;
 use serde::Deserialize;
 
 use super::TensorSummary;
-use super::gguf::TensorType;
 use super::description::{ModelDescription, WeightScale};
+use super::gguf::TensorType;
 use super::mapped_file::{loading_failed, open_regular};
 use super::safetensors_file::SafetensorsFile;
 use super::weights::{FloatMatrix, FloatValues, TernarySource, TernaryTensor};

@@ -15,7 +15,7 @@ pub(super) const fn encode(codes: [u8; 5]) -> u8 {
         n = n * 3 + codes[i] as u32;
         i += 1;
     }
-    ((n * 256 + 242) / 243) as u8
+    (n * 256).div_ceil(243) as u8
 }
 
 /// The trits of every byte, the most significant first; [`NO_TRITS`] five times for a byte that has none.

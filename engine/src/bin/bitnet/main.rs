@@ -10,11 +10,12 @@ mod generate;
 mod inspect;
 mod logits;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use bitnet_engine::EngineOptions;
-use bitnet_engine::model::ModelSource;
+use bitnet_engine::model::{Activation, ModelSource};
+use bitnet_engine::ternary::I2sLayout;
 use clap::{Args, Parser, Subcommand};
 
 /// BitNet b1.58 inference: ternary weights, int8 activations.
@@ -39,20 +40,51 @@ enum Command {
     Backends(backends::BackendsArgs),
 }
 
+/// What a GGUF file does not say about itself.
+#[derive(Args)]
+struct GgufArgs {
+    /// Interleaving of I2_S tensors in a GGUF file: x86 or arm (default: as the file or its weights say).
+    #[arg(long, value_name = "LAYOUT")]
+    i2s_layout: Option<I2sLayout>,
+    /// The kernel_config.ini that a GGUF file with TL1 or TL2 tensors was made with.
+    #[arg(long, value_name = "FILE.ini")]
+    kernel_config: Option<PathBuf>,
+    /// Activation of a GGUF file: relu2 or silu (default: that of its architecture).
+    #[arg(long, value_name = "NAME")]
+    activation: Option<Activation>,
+}
+
+impl GgufArgs {
+    /// The folder or GGUF file at `path`, or the embedded model.
+    fn source(&self, path: Option<&Path>) -> bitnet_contracts::Result<ModelSource> {
+        let mut source = path.map_or(ModelSource::Embedded, ModelSource::from_path);
+        if let ModelSource::Gguf(gguf) = &mut source {
+            gguf.options.i2s_layout = self.i2s_layout;
+            gguf.options.activation = self.activation;
+            if let Some(path) = &self.kernel_config {
+                gguf.options = std::mem::take(&mut gguf.options).with_kernel_config(path)?;
+            }
+        }
+        Ok(source)
+    }
+}
+
 /// Which model, on how many threads.
 #[derive(Args)]
 struct ModelArgs {
-    /// Folder with config.json and model.safetensors (default: the embedded tiny model).
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json and model.safetensors, or GGUF file (default: the embedded tiny model).
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    gguf: GgufArgs,
     /// Threads (default: as many as the process may use).
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
 }
 
 impl ModelArgs {
-    fn source(&self) -> ModelSource {
-        self.model.clone().map_or(ModelSource::Embedded, ModelSource::Folder)
+    fn source(&self) -> bitnet_contracts::Result<ModelSource> {
+        self.gguf.source(self.model.as_deref())
     }
 
     fn options(&self) -> EngineOptions {

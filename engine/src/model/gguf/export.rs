@@ -149,7 +149,9 @@ fn plan(checkpoint: &Checkpoint, path: &Path, head: Option<TensorType>) -> Resul
     let floats = |name: &str| {
         let stored = checkpoint.stored_type(name)?;
         let ty = head.unwrap_or(stored);
-        if stored != ty && !matches!(ty, TensorType::F32 | TensorType::F16 | TensorType::Bf16 | TensorType::Q8_0 | TensorType::Q6K) {
+        if stored != ty
+            && !matches!(ty, TensorType::F32 | TensorType::F16 | TensorType::Bf16 | TensorType::Q8_0 | TensorType::Q6K)
+        {
             return Err(contradiction(path, format_args!("embeddings are not written as {}", ty.name())));
         }
         Ok(Part::Floats { name: name.to_string(), rows: d.vocab_size, columns: h, ty })
@@ -182,7 +184,9 @@ fn plan(checkpoint: &Checkpoint, path: &Path, head: Option<TensorType>) -> Resul
 fn kernels(parts: &[Part], format: GgufFormat) -> Result<TlKernels> {
     let mut kernels = TlKernels::new();
     for part in parts {
-        let (Part::Ternary { name, rows, columns }, GgufFormat::Tl1 | GgufFormat::Tl2) = (part, format) else { continue };
+        let (Part::Ternary { name, rows, columns }, GgufFormat::Tl1 | GgufFormat::Tl2) = (part, format) else {
+            continue;
+        };
         let tl2 = format == GgufFormat::Tl2;
         let kernel = TlKernel::for_writing(tl2, *rows, *columns).ok_or_else(|| {
             bitnet_contracts::QuantizationError::LayoutMismatch {
@@ -203,10 +207,12 @@ fn kernels(parts: &[Part], format: GgufFormat) -> Result<TlKernels> {
 
 fn declare(writer: &mut GgufWriter, part: &Part, format: GgufFormat, path: &Path) -> Result<()> {
     let gguf = |name: &str| to_gguf(name).ok_or_else(|| contradiction(path, format_args!("no GGUF name for {name}")));
-    let too_odd = |name: &str, rows: &usize, columns: &usize, ty: TensorType| bitnet_contracts::QuantizationError::LayoutMismatch {
-        tensor: name.to_string(),
-        expected: format!("columns that are a multiple of {} ({})", ty.block(), ty.name()),
-        actual: format!("{rows} x {columns}"),
+    let too_odd = |name: &str, rows: &usize, columns: &usize, ty: TensorType| {
+        bitnet_contracts::QuantizationError::LayoutMismatch {
+            tensor: name.to_string(),
+            expected: format!("columns that are a multiple of {} ({})", ty.block(), ty.name()),
+            actual: format!("{rows} x {columns}"),
+        }
     };
     match part {
         Part::Vector { name, len } => {
@@ -253,7 +259,18 @@ fn packed(
         GgufFormat::Tl2 => tl2::pack(name, &trits, rows, columns, kernel).map(with_scale),
         GgufFormat::F16 => {
             let half = crate::ternary::half_scale(name, scale)?;
-            Ok(one(trits.iter().flat_map(|&t| if t < 0 { (-half).to_le_bytes() } else if t > 0 { half.to_le_bytes() } else { [0; 2] }).collect()))
+            Ok(one(trits
+                .iter()
+                .flat_map(|&t| {
+                    if t < 0 {
+                        (-half).to_le_bytes()
+                    } else if t > 0 {
+                        half.to_le_bytes()
+                    } else {
+                        [0; 2]
+                    }
+                })
+                .collect()))
         }
     }
 }

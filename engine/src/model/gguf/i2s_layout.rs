@@ -135,8 +135,8 @@ fn profiles(file: &GgufFile, d: &ModelDescription) -> Option<(Vec<f64>, Vec<f64>
                 view.row(&name, r, &mut trits).ok()?;
                 if reads {
                     read.iter_mut().zip(&trits).for_each(|(sum, &t)| *sum += f64::from(t.abs()));
-                } else {
-                    written[r] += trits.iter().map(|&t| f64::from(t.abs())).sum::<f64>() / columns as f64;
+                } else if let Some(written) = written.get_mut(r) {
+                    *written += trits.iter().map(|&t| f64::from(t.abs())).sum::<f64>() / columns as f64;
                 }
             }
             seen += rows * columns;

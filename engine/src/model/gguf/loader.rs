@@ -219,7 +219,7 @@ impl GgufModel {
                 let view = Tl2::new(&gguf, bytes, rows, columns, self.kernel(&gguf, true, rows, columns)?)?;
                 (Box::new(view), tl_scale::read(&self.file, &gguf, tensor)?)
             }
-            _ => return self.from_floats(name, gguf, rows, columns),
+            _ => return self.trits_of_floats(name, gguf, rows, columns),
         };
         let scale = scale * self.factor(&gguf)?;
         let scale = usable_scale(&gguf, scale)?;
@@ -227,7 +227,7 @@ impl GgufModel {
     }
 
     /// Floats that are -s, 0, s already are the trits of scale s; any others are master weights.
-    fn from_floats(&self, name: &str, gguf: String, rows: usize, columns: usize) -> Result<TernaryTensor<'_>> {
+    fn trits_of_floats(&self, name: &str, gguf: String, rows: usize, columns: usize) -> Result<TernaryTensor<'_>> {
         let values = self.floats(&format!("{name}.weight"), &[rows, columns])?;
         let factor = self.factor(&gguf)?;
         if let Some(scale) = values.ternary_scale() {

@@ -71,7 +71,8 @@ pub(super) fn write(writer: &mut GgufWriter, checkpoint: &Checkpoint, path: &Pat
         ids(writer, d.bos_token_id, &d.eos_token_ids);
         return Ok(());
     };
-    let refuse = |what: String| contradiction(path, format_args!("the tokenizer cannot be written as GGUF keys: {what}"));
+    let refuse =
+        |what: String| contradiction(path, format_args!("the tokenizer cannot be written as GGUF keys: {what}"));
     let parsed: TokenizerJson = serde_json::from_slice(json).map_err(|e| refuse(e.to_string()))?;
     let pre = pre_tokenizer(&parsed).map_err(&refuse)?;
     let mut tokens: Vec<Option<(String, i32)>> = vec![None; d.vocab_size];
@@ -165,8 +166,7 @@ fn pre_tokenizer(json: &TokenizerJson) -> std::result::Result<&'static PreTokeni
         }
         _ => return Err("its pre-tokenizer is not a split followed by bytes".to_string()),
     };
-    PRE_TOKENIZERS
-        .iter()
-        .find(|pre| pre.regex == regex && pre.ignore_merges == json.model.ignore_merges)
-        .ok_or_else(|| format!("no name is known for its pre-tokenizer ({regex:?}, ignore_merges {})", json.model.ignore_merges))
+    PRE_TOKENIZERS.iter().find(|pre| pre.regex == regex && pre.ignore_merges == json.model.ignore_merges).ok_or_else(
+        || format!("no name is known for its pre-tokenizer ({regex:?}, ignore_merges {})", json.model.ignore_merges),
+    )
 }
