@@ -67,6 +67,11 @@ impl FloatMatrix {
         }
     }
 
+    /// Whether all values are -s, 0 or s of one s.
+    pub fn is_ternary(&self) -> bool {
+        self.ternary_scale().is_some()
+    }
+
     /// The s of a matrix of nothing but -s, 0 and s; None for any other and for one of zeroes.
     pub(super) fn ternary_scale(&self) -> Option<f32> {
         let mut row = vec![0f32; self.columns];

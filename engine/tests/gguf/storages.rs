@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_contracts::{BitNetInference, Device, InferenceError, ModelError, QuantizationError, Tensor};
 use bitnet_engine::model::gguf::{ExportOptions, GgufFormat, GgufOptions, GgufSource, TensorType, export};
-use bitnet_engine::model::{Activation, Checkpoint, ModelSource};
+use bitnet_engine::model::{Activation, Checkpoint, ModelSource, Part, write_hf_packed};
 use bitnet_engine::reference::{CandleFp32, NdarrayFp32};
 use bitnet_engine::ternary::I2sLayout;
 use bitnet_engine::{CpuEngine, EngineOptions};
@@ -139,6 +139,58 @@ fn exported_oracle_cases_meet_the_golden_logits() {
             assert!(worst <= tolerance, "{case} {format:?}: {worst:e}");
         }
     }
+}
+
+/// There and back again: the folder that comes of a GGUF file is the folder it came from, byte for byte in its weights.
+#[test]
+fn a_folder_comes_back_from_every_storage() {
+    let folder = tempfile::tempdir().unwrap();
+    for format in ALL {
+        let gguf = write(&tiny(), folder.path(), format);
+        let back = folder.path().join(format!("{format:?}"));
+        write_hf_packed(&open(&gguf), &back, &mut |_, _| ()).unwrap();
+        let written = open(&back);
+        let (before, after) = (tiny(), &written);
+        for part in before.description().parts() {
+            match part {
+                Part::Vector { name, len } => {
+                    assert_eq!(before.vector(&name, len).unwrap(), after.vector(&name, len).unwrap())
+                }
+                Part::Floats { name, rows, columns } => {
+                    let (a, b) =
+                        (before.matrix(&name, rows, columns).unwrap(), after.matrix(&name, rows, columns).unwrap());
+                    assert_eq!(a.memory_bytes(), b.memory_bytes(), "{name} keeps its type");
+                }
+                Part::Ternary { name, rows, columns } => {
+                    let (a, b) =
+                        (before.ternary(&name, rows, columns).unwrap(), after.ternary(&name, rows, columns).unwrap());
+                    assert!(a.trits().unwrap() == b.trits().unwrap() && a.scale() == b.scale(), "{format:?} {name}");
+                }
+            }
+        }
+        assert_eq!(
+            std::fs::metadata(back.join("model.safetensors")).unwrap().len(),
+            fixtures::tiny().weights().len() as u64
+        );
+        assert!(of(&written, &[9, 8, 7]) == of(&tiny(), &[9, 8, 7]));
+        // What is there already is not touched.
+        assert!(write_hf_packed(&open(&gguf), &back, &mut |_, _| ()).is_err());
+    }
+}
+
+/// Master weights become the trits and scales that loading them makes.
+#[test]
+fn master_weights_are_written_as_their_trits() {
+    let master = fixtures::preset("master-bf16", 3).unwrap().folder().unwrap();
+    let (folder, tokens) = (tempfile::tempdir().unwrap(), [1, 2, 3, 4, 5]);
+    let source = open(master.path());
+    assert!(source.is_master().unwrap());
+    let back = folder.path().join("packed");
+    write_hf_packed(&source, &back, &mut |_, _| ()).unwrap();
+    assert!(!open(&back).is_master().unwrap());
+    assert!(of(&open(&back), &tokens) == of(&source, &tokens));
+    let floats = write(&tiny(), folder.path(), GgufFormat::F16);
+    assert!(!open(&floats).is_master().unwrap(), "floats that are trits are no master weights");
 }
 
 #[test]

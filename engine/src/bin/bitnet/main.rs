@@ -6,6 +6,8 @@
 
 mod backends;
 mod bench;
+mod convert;
+mod diff;
 mod generate;
 mod inspect;
 mod logits;
@@ -34,6 +36,12 @@ enum Command {
     Logits(logits::LogitsArgs),
     /// Show a model's architecture, tensors and sizes.
     Inspect(inspect::InspectArgs),
+    /// Write a model in another format.
+    Convert(convert::ConvertArgs),
+    /// Make trits of a master checkpoint by absmean and write them.
+    Quantize(convert::ConvertArgs),
+    /// Compare two models tensor by tensor; exit code 1 when they differ.
+    Diff(diff::DiffArgs),
     /// Measure prefill and decode speed.
     Bench(bench::BenchArgs),
     /// List the backends that are compiled in and the instruction sets of this CPU.
@@ -109,6 +117,9 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Convert(args) => convert::convert(&args),
+        Command::Quantize(args) => convert::quantize(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Backends(args) => backends::run(&args),
     };

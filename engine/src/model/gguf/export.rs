@@ -6,11 +6,12 @@ use std::path::Path;
 
 use bitnet_contracts::Result;
 
-use super::names::{LAYER_PARTS, to_gguf};
-use super::write::{GgufStream, GgufValue, GgufWriter};
+use super::names::to_gguf;
+use super::write::{GgufValue, GgufWriter};
 use super::{LAYOUT_KEY, TensorType, config, contradiction, floats, loader, tokenizer_keys};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::description::Activation;
+use crate::model::plan::Part;
 use crate::ternary::tl_kernel::{TlKernels, to_ini};
 use crate::ternary::{I2sLayout, TlKernel, i2_s, iq1_bn, iq2_bn, tl1, tl2, tq1_0, tq2_0, usable_scale};
 
@@ -83,16 +84,6 @@ impl ExportOptions {
     }
 }
 
-/// A tensor of the plan.
-enum Part {
-    /// A vector, stored as F32.
-    Vector { name: String, len: usize },
-    /// An embedding or head.
-    Floats { name: String, rows: usize, columns: usize, ty: TensorType },
-    /// A matrix of trits, by its name without `.weight`.
-    Ternary { name: String, rows: usize, columns: usize },
-}
-
 /// Writes `checkpoint` to `path`, which has that name once it is whole. `progress` is told the bytes written and all bytes.
 ///
 /// # Errors
@@ -104,7 +95,8 @@ pub fn export(
     options: &ExportOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
-    let parts = plan(checkpoint, path, options.head)?;
+    let parts = checkpoint.description().parts();
+    let head = |name: &str| head_type(checkpoint, path, name, options.head);
     let kernels = kernels(&parts, options.format)?;
     let mut writer = GgufWriter::default();
     metadata(&mut writer, checkpoint, path, options)?;
@@ -112,7 +104,7 @@ pub fn export(
         writer.key(loader::KERNELS_KEY, GgufValue::Text(to_ini(&kernels)));
     }
     for part in &parts {
-        declare(&mut writer, part, options.format, path)?;
+        declare(&mut writer, part, options.format, path, &head)?;
     }
     let total = writer.tensor_bytes();
     let mut stream = writer.begin(path)?;
@@ -124,8 +116,13 @@ pub fn export(
                 stream.write(&bytes)?;
                 bytes.len() as u64
             }
-            Part::Floats { name, rows, columns, ty } => {
-                copy_floats(checkpoint, path, &mut stream, (name, *rows, *columns), *ty)?
+            Part::Floats { name, rows, columns } => {
+                let mut written = 0;
+                floats::copy(checkpoint, (name, *rows, *columns), head(name)?, &mut |bytes| {
+                    written += bytes.len() as u64;
+                    stream.write(bytes)
+                })?;
+                written
             }
             Part::Ternary { name, rows, columns } => {
                 let kernel = kernels.get(&(*rows, *columns)).copied();
@@ -142,42 +139,15 @@ pub fn export(
     stream.finish()
 }
 
-/// All tensors in the order of the file.
-fn plan(checkpoint: &Checkpoint, path: &Path, head: Option<TensorType>) -> Result<Vec<Part>> {
-    let d = checkpoint.description();
-    let (h, f, kv) = (d.hidden_size, d.intermediate_size, d.kv_size());
-    let floats = |name: &str| {
-        let stored = checkpoint.stored_type(name)?;
-        let ty = head.unwrap_or(stored);
-        if stored != ty
-            && !matches!(ty, TensorType::F32 | TensorType::F16 | TensorType::Bf16 | TensorType::Q8_0 | TensorType::Q6K)
-        {
-            return Err(contradiction(path, format_args!("embeddings are not written as {}", ty.name())));
-        }
-        Ok(Part::Floats { name: name.to_string(), rows: d.vocab_size, columns: h, ty })
-    };
-    let mut parts = vec![floats("model.embed_tokens.weight")?];
-    if !d.tie_word_embeddings {
-        parts.push(floats("lm_head.weight")?);
+/// The type that an embedding or head is written in.
+fn head_type(checkpoint: &Checkpoint, path: &Path, name: &str, head: Option<TensorType>) -> Result<TensorType> {
+    let stored = checkpoint.stored_type(name)?;
+    let ty = head.unwrap_or(stored);
+    let written = [TensorType::F32, TensorType::F16, TensorType::Bf16, TensorType::Q8_0, TensorType::Q6K];
+    if stored != ty && !written.contains(&ty) {
+        return Err(contradiction(path, format_args!("embeddings are not written as {}", ty.name())));
     }
-    parts.push(Part::Vector { name: "model.norm.weight".to_string(), len: h });
-    for layer in 0..d.num_layers {
-        for (part, _, ternary) in LAYER_PARTS {
-            let name = format!("model.layers.{layer}.{part}");
-            let (rows, columns) = match part {
-                "self_attn.k_proj" | "self_attn.v_proj" => (kv, h),
-                "mlp.gate_proj" | "mlp.up_proj" => (f, h),
-                "mlp.down_proj" => (h, f),
-                _ => (h, h),
-            };
-            parts.push(match (ternary, part) {
-                (true, _) => Part::Ternary { name, rows, columns },
-                (false, "mlp.ffn_sub_norm") => Part::Vector { name: format!("{name}.weight"), len: f },
-                (false, _) => Part::Vector { name: format!("{name}.weight"), len: h },
-            });
-        }
-    }
-    Ok(parts)
+    Ok(ty)
 }
 
 /// Kernel parameters for every shape, when the format is one that needs them.
@@ -205,7 +175,13 @@ fn kernels(parts: &[Part], format: GgufFormat) -> Result<TlKernels> {
     Ok(kernels)
 }
 
-fn declare(writer: &mut GgufWriter, part: &Part, format: GgufFormat, path: &Path) -> Result<()> {
+fn declare(
+    writer: &mut GgufWriter,
+    part: &Part,
+    format: GgufFormat,
+    path: &Path,
+    head: &dyn Fn(&str) -> Result<TensorType>,
+) -> Result<()> {
     let gguf = |name: &str| to_gguf(name).ok_or_else(|| contradiction(path, format_args!("no GGUF name for {name}")));
     let too_odd = |name: &str, rows: &usize, columns: &usize, ty: TensorType| {
         bitnet_contracts::QuantizationError::LayoutMismatch {
@@ -218,9 +194,10 @@ fn declare(writer: &mut GgufWriter, part: &Part, format: GgufFormat, path: &Path
         Part::Vector { name, len } => {
             writer.tensor(&gguf(name)?, &[*len], TensorType::F32, len * 4);
         }
-        Part::Floats { name, rows, columns, ty } => {
-            let bytes = ty.bytes(*rows, *columns).ok_or_else(|| too_odd(name, rows, columns, *ty))?;
-            writer.tensor(&gguf(name)?, &[*rows, *columns], *ty, bytes);
+        Part::Floats { name, rows, columns } => {
+            let ty = head(name)?;
+            let bytes = ty.bytes(*rows, *columns).ok_or_else(|| too_odd(name, rows, columns, ty))?;
+            writer.tensor(&gguf(name)?, &[*rows, *columns], ty, bytes);
         }
         Part::Ternary { name, rows, columns } => {
             let ty = format.tensor_type();
@@ -273,45 +250,6 @@ fn packed(
                 .collect()))
         }
     }
-}
-
-/// Copies a float matrix in pieces; as it is when the type stays.
-fn copy_floats(
-    checkpoint: &Checkpoint,
-    path: &Path,
-    stream: &mut GgufStream,
-    (name, rows, columns): (&str, usize, usize),
-    ty: TensorType,
-) -> Result<u64> {
-    let stored = checkpoint.stored_type(name)?;
-    let bytes = checkpoint.stored_bytes(name, &[rows, columns])?;
-    let Some((block, values)) = floats::block(stored) else {
-        return Err(contradiction(path, format_args!("tensor {name:?} is {}, expected floats", stored.name())));
-    };
-    // Whole blocks of either type: 256 values are.
-    let piece = block * (256 / values) * 1024;
-    let (mut floats, mut out) = (Vec::new(), Vec::new());
-    let mut written = 0;
-    for bytes in bytes.chunks(piece) {
-        floats.clear();
-        floats::dequantize(stored, bytes, &mut floats);
-        if !floats.iter().all(|x| x.is_finite()) {
-            return Err(contradiction(path, format_args!("tensor {name:?} holds NaN or infinity")));
-        }
-        if stored == ty {
-            stream.write(bytes)?;
-            written += bytes.len() as u64;
-            continue;
-        }
-        out.clear();
-        if !floats::quantize(ty, &floats, &mut out) {
-            return Err(contradiction(path, format_args!("tensor {name:?} holds values that {} cannot", ty.name())));
-        }
-        stream.write(&out)?;
-        written += out.len() as u64;
-    }
-    checkpoint.release(name);
-    Ok(written)
 }
 
 fn metadata(writer: &mut GgufWriter, checkpoint: &Checkpoint, path: &Path, options: &ExportOptions) -> Result<()> {

@@ -11,9 +11,11 @@
 //!     k = 3  value 96 + l   low[32 + l] bits 7..4  high[l] bits 7..6
 //! ```
 
+use bitnet_contracts::{ModelError, Result};
 use half::{bf16, f16};
 
 use super::TensorType;
+use crate::model::checkpoint::Checkpoint;
 
 /// Bytes and values of a block of `ty`; None for the ternary types.
 pub fn block(ty: TensorType) -> Option<(usize, usize)> {
@@ -140,12 +142,64 @@ fn quantize_q6_k(block: &[f32], out: &mut Vec<u8>) -> bool {
     d.is_finite() && inverse.is_finite()
 }
 
+/// Hands a float matrix of a checkpoint to `put` in pieces of type `ty`; as it is when the type stays.
+pub(in crate::model) fn copy(
+    checkpoint: &Checkpoint,
+    (name, rows, columns): (&str, usize, usize),
+    ty: TensorType,
+    put: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
+    let refuse = |what: &str| ModelError::ValidationFailed { reason: format!("tensor {name} {what}") };
+    let stored = checkpoint.stored_type(name)?;
+    let bytes = checkpoint.stored_bytes(name, &[rows, columns])?;
+    let (block, values) = block(stored).ok_or_else(|| refuse(&format!("is {}, expected floats", stored.name())))?;
+    // Whole blocks of either type: 256 values are.
+    let piece = block * (256 / values) * 1024;
+    let (mut floats, mut out) = (Vec::new(), Vec::new());
+    for bytes in bytes.chunks(piece) {
+        floats.clear();
+        dequantize(stored, bytes, &mut floats);
+        if !floats.iter().all(|x| x.is_finite()) {
+            return Err(refuse("holds NaN or infinity").into());
+        }
+        if stored == ty {
+            put(bytes)?;
+            continue;
+        }
+        out.clear();
+        if !quantize(ty, &floats, &mut out) {
+            return Err(refuse(&format!("holds values that {} cannot", ty.name())).into());
+        }
+        put(&out)?;
+    }
+    checkpoint.release(name);
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn values(n: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 7919 % 2003) as f32 / 1001.5 - 1.0) * 0.37).collect()
+    }
+
+    /// Bytes and values of `tests/data/gguf/generate.py`: another implementation.
+    #[test]
+    fn values_are_those_of_the_reference() {
+        const BLOCKS: usize = 6;
+        for (ty, file) in [
+            (TensorType::Q4_0, include_bytes!("../../../tests/data/gguf/q4_0.bin").as_slice()),
+            (TensorType::Q8_0, include_bytes!("../../../tests/data/gguf/q8_0.bin")),
+            (TensorType::Q6K, include_bytes!("../../../tests/data/gguf/q6_k.bin")),
+        ] {
+            let (bytes, _) = block(ty).unwrap();
+            let (blocks, expected) = file.split_at(BLOCKS * bytes);
+            let mut values = Vec::new();
+            dequantize(ty, blocks, &mut values);
+            let expected = expected.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b).to_bits());
+            assert!(values.iter().map(|x| x.to_bits()).eq(expected), "{ty:?}");
+        }
     }
 
     #[test]

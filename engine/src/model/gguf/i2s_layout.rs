@@ -52,7 +52,10 @@ pub(super) fn choose(file: &GgufFile, d: &ModelDescription, said: Option<I2sLayo
             format_args!("{LAYOUT_KEY} is {}, not {} as asked for", written.name(), said.name()),
         ));
     }
-    if let Some(layout) = said.or(written) {
+    if let Some(layout) = written {
+        return Ok(layout);
+    }
+    if let Some(layout) = said {
         if let Evidence::For(other) = evidence(file, d)
             && other != layout
         {

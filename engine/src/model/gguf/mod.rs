@@ -11,7 +11,7 @@ pub mod floats;
 mod i2s_layout;
 pub mod limits;
 mod loader;
-mod names;
+pub(super) mod names;
 mod overlap;
 mod tensor_type;
 mod tl_scale;

@@ -1,7 +1,7 @@
 //! Tensor names of GGUF files and of Hugging Face checkpoints.
 
 /// Parts of a layer: the name in a Hugging Face checkpoint and in a GGUF file, both without `.weight`, and whether it is a ternary matrix.
-pub(super) const LAYER_PARTS: [(&str, &str, bool); 11] = [
+pub(in crate::model) const LAYER_PARTS: [(&str, &str, bool); 11] = [
     ("input_layernorm", "attn_norm", false),
     ("self_attn.q_proj", "attn_q", true),
     ("self_attn.k_proj", "attn_k", true),
