@@ -404,6 +404,62 @@ fn both_versions_and_every_type_of_value_are_read() {
     assert_eq!(checkpoint.description().eos_token_ids, [7]);
 }
 
+/// Architecture `bitnet` has both kinds of models: told apart by what else the file says.
+#[test]
+fn the_activation_of_the_oldest_architecture() {
+    use bitnet_engine::model::Activation;
+    let renamed = |tokenizer: Option<&str>, kv_heads: u32| {
+        let mut raw = Raw::model();
+        raw.set("general.architecture", 8, text("bitnet"));
+        for key in &mut raw.keys {
+            key.name = String::from_utf8(key.name.clone()).unwrap().replace("bitnet-b1.58.", "bitnet.").into();
+        }
+        raw.set("bitnet.attention.head_count_kv", 4, u32(kv_heads));
+        match tokenizer {
+            Some(name) => raw.set("tokenizer.ggml.model", 8, text(name)),
+            None => raw.remove("tokenizer.ggml.model"),
+        }
+        if kv_heads == 2 {
+            for name in ["blk.0.attn_k.weight", "blk.0.attn_v.weight"] {
+                let tensor = raw.tensor(name);
+                tensor.dimensions[1] /= 2;
+                tensor.data.truncate(tensor.data.len() / 2);
+            }
+        }
+        raw.read().unwrap().description().activation
+    };
+    assert_eq!(renamed(Some("gpt2"), 4), Activation::Relu2);
+    assert_eq!(renamed(Some("llama"), 2), Activation::Silu);
+    assert_eq!(renamed(None, 4), Activation::Silu);
+    assert_eq!(renamed(Some("none"), 2), Activation::Relu2);
+    assert_eq!(Raw::model().read().unwrap().description().activation, Activation::Relu2);
+}
+
+/// The parameters of the kernels beside the file.
+#[test]
+fn a_kernel_config_beside_the_file_is_read() {
+    use bitnet_engine::model::gguf::{ExportOptions, GgufFormat, export};
+    use bitnet_engine::model::{Checkpoint, ModelSource};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.gguf");
+    let tiny = Checkpoint::open(&ModelSource::Embedded).unwrap();
+    export(&tiny, &path, &ExportOptions::new(GgufFormat::Tl2), &mut |_, _| ()).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let key = b"bitnet.kernel_config";
+    let at = bytes.windows(key.len()).position(|w| w == key).unwrap();
+    let len = u64::from_le_bytes(bytes[at + 24..at + 32].try_into().unwrap()) as usize;
+    let ini = bytes[at + 32..at + 32 + len].to_vec();
+    bytes[at] = b'x';
+    std::fs::write(&path, bytes).unwrap();
+    let q = |checkpoint: &Checkpoint| {
+        checkpoint.ternary("model.layers.1.mlp.up_proj", 768, 256).map(|t| t.trits().unwrap())
+    };
+    let open = || Checkpoint::open(&ModelSource::from_path(&path)).unwrap();
+    assert!(q(&open()).unwrap_err().to_string().contains("kernel_config.ini"));
+    std::fs::write(folder.path().join("kernel_config.ini"), ini).unwrap();
+    assert!(q(&open()).unwrap() == q(&tiny).unwrap());
+}
+
 #[test]
 fn another_alignment_is_followed() {
     let mut raw = Raw::model();

@@ -7,10 +7,11 @@ use super::file::GgufFile;
 use super::{GgufOptions, contradiction};
 use crate::model::description::{Activation, ModelDescription, WeightScale};
 
-/// Architectures that are read, with the activation of each: llama.cpp's `bitnet` is the graph of the first BitNet b1.58 models, with
-/// SiLU; the others, of bitnet.cpp and ik_llama.cpp, are that of the 2B4T model, with squared ReLU.
-pub(super) const ARCHITECTURES: [(&str, Activation); 3] =
-    [("bitnet-b1.58", Activation::Relu2), ("bitnet-25", Activation::Relu2), ("bitnet", Activation::Silu)];
+/// Architectures that are read, and the activation that each stands for. `bitnet-b1.58` and `bitnet-25`, of bitnet.cpp and ik_llama.cpp,
+/// are the graph of the 2B4T model. `bitnet` is None: llama.cpp runs it with SiLU, for the first b1.58 models; models with squared ReLU
+/// are converted to it as well, since it is the only name that llama.cpp has.
+pub(super) const ARCHITECTURES: [(&str, Option<Activation>); 3] =
+    [("bitnet-b1.58", Some(Activation::Relu2)), ("bitnet-25", Some(Activation::Relu2)), ("bitnet", None)];
 
 /// A key of ours that names the activation where the architecture's own would be another: `relu2` or `silu`.
 pub(super) const ACTIVATION_KEY: &str = "bitnet.activation";
@@ -42,6 +43,7 @@ pub(super) fn describe(file: &GgufFile, options: &GgufOptions) -> Result<ModelDe
     let size = |part: &str| file.size(&key(part))?.ok_or_else(|| missing(&key(part)));
     refuse_rope_scaling(file, &architecture)?;
     let heads = size("attention.head_count")?;
+    let kv_heads = file.size(&key("attention.head_count_kv"))?.unwrap_or(heads);
     let vocab_size = match (file.size(&key("vocab_size"))?, file.tensors().get("token_embd.weight")) {
         (_, None) => return Err(contradiction(file.path(), "tensor token_embd.weight is missing")),
         (said, Some(embedding)) => {
@@ -60,7 +62,7 @@ pub(super) fn describe(file: &GgufFile, options: &GgufOptions) -> Result<ModelDe
         intermediate_size: size("feed_forward_length")?,
         num_layers: size("block_count")?,
         num_attention_heads: heads,
-        num_key_value_heads: file.size(&key("attention.head_count_kv"))?.unwrap_or(heads),
+        num_key_value_heads: kv_heads,
         vocab_size,
         max_position_embeddings: size("context_length")?,
         // The default of llama.cpp.
@@ -69,7 +71,7 @@ pub(super) fn describe(file: &GgufFile, options: &GgufOptions) -> Result<ModelDe
             .float(&key("attention.layer_norm_rms_epsilon"))?
             .ok_or_else(|| missing(&key("attention.layer_norm_rms_epsilon")))?,
         tie_word_embeddings: !file.tensors().contains_key("output.weight"),
-        activation: activation(file, &architecture, own, options)?,
+        activation: activation(file, own, kv_heads != heads, options)?,
         weight_scale: WeightScale::Multiply,
         bos_token_id: file.id("tokenizer.ggml.bos_token_id")?,
         eos_token_ids: eos(file)?,
@@ -92,21 +94,38 @@ pub(super) fn describe(file: &GgufFile, options: &GgufOptions) -> Result<ModelDe
     Ok(description)
 }
 
-fn activation(file: &GgufFile, architecture: &str, own: Activation, options: &GgufOptions) -> Result<Activation> {
+/// The caller's, the file's own key, the architecture's; of `bitnet` what else the file says about its age, with a warning.
+fn activation(
+    file: &GgufFile,
+    own: Option<Activation>,
+    grouped_heads: bool,
+    options: &GgufOptions,
+) -> Result<Activation> {
     if let Some(said) = options.activation {
         return Ok(said);
     }
     if let Some(name) = file.text(ACTIVATION_KEY)? {
         return name.parse().map_err(|e| contradiction(file.path(), format_args!("{ACTIVATION_KEY}: {e}")));
     }
-    if own == Activation::Silu {
-        log::warn!(
-            "{}: architecture {architecture:?} runs with SiLU, as llama.cpp runs it; a b1.58 model with squared ReLU that was converted to \
-             this architecture needs --activation relu2",
-            file.path().display()
-        );
+    if let Some(own) = own {
+        return Ok(own);
     }
-    Ok(own)
+    // The first models have a SentencePiece tokenizer and as many key/value heads as query heads; the converter of llama.cpp knows no
+    // others under this name.
+    let (activation, sign) = match file.text("tokenizer.ggml.model")?.as_deref() {
+        Some("gpt2") => (Activation::Relu2, "its tokenizer is byte-level BPE, which the models with SiLU do not have"),
+        Some("llama") => (Activation::Silu, "its tokenizer is SentencePiece, as that of the first b1.58 models"),
+        _ if grouped_heads => {
+            (Activation::Relu2, "its heads share keys and values, which those of the models with SiLU do not")
+        }
+        _ => (Activation::Silu, "llama.cpp runs this architecture so"),
+    };
+    log::warn!(
+        "{}: architecture \"bitnet\" does not tell the activation; {} is taken, since {sign} (see --activation)",
+        file.path().display(),
+        activation.name()
+    );
+    Ok(activation)
 }
 
 fn eos(file: &GgufFile) -> Result<Vec<u32>> {

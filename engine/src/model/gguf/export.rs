@@ -289,7 +289,7 @@ fn metadata(writer: &mut GgufWriter, checkpoint: &Checkpoint, path: &Path, optio
     for (part, x) in [("attention.layer_norm_rms_epsilon", d.rms_norm_eps), ("rope.freq_base", d.rope_theta)] {
         writer.key(&format!("{architecture}.{part}"), GgufValue::F32(x as f32));
     }
-    if own != d.activation {
+    if own != Some(d.activation) {
         writer.key(config::ACTIVATION_KEY, d.activation.name());
     }
     if let GgufFormat::I2S(layout) = options.format {

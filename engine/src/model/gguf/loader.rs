@@ -7,7 +7,9 @@ use bitnet_contracts::{MemoryError, Result};
 
 use super::file::{GgufFile, GgufTensor};
 use super::names::{LAYER_PARTS, OUTER, layer_part, to_gguf};
-use super::{GgufOptions, TensorType, config, contradiction, floats, i2s_layout, tl_scale, tokenizer};
+use super::{
+    GgufOptions, TensorType, config, contradiction, floats, i2s_layout, read_kernel_config, tl_scale, tokenizer,
+};
 use crate::model::TensorSummary;
 use crate::model::description::ModelDescription;
 use crate::model::weights::{FloatMatrix, FloatValues, TernarySource, TernaryTensor};
@@ -49,11 +51,7 @@ impl GgufModel {
             _ if has_i2s => i2s_layout::choose(&file, &description, options.i2s_layout)?,
             said => said.unwrap_or(I2sLayout::X86),
         };
-        let mut kernels = match file.text(KERNELS_KEY)? {
-            Some(text) => TlKernel::parse_ini(&text, &format!("{}: {KERNELS_KEY}", file.path().display()))?,
-            None => TlKernels::new(),
-        };
-        kernels.extend(&options.kernels);
+        let kernels = kernels(&file, options)?;
         Ok(Self {
             tokenizer_json: tokenizer::read(&file, description.vocab_size)?,
             chat_template: file.text("tokenizer.chat_template")?,
@@ -268,7 +266,7 @@ impl GgufModel {
             self.file.path(),
             format_args!(
                 "tensor {name:?}: a TL{} matrix can only be read with the kernel parameters it was written for, which are not in the file, \
-                 and there is no preset for {rows} x {columns}; give the kernel_config.ini of the converter (--kernel-config)",
+                 and there is no preset for {rows} x {columns}; give the kernel_config.ini of the converter (--kernel-config, or beside the file)",
                 if tl2 { 2 } else { 1 }
             ),
         ))
@@ -280,6 +278,22 @@ impl GgufModel {
             self.file.release(tensor.start, tensor.bytes);
         }
     }
+}
+
+/// The caller's kernel parameters, then those of the file's own key, then those of a `kernel_config.ini` beside the file.
+fn kernels(file: &GgufFile, options: &GgufOptions) -> Result<TlKernels> {
+    let mut kernels = TlKernels::new();
+    if file.tensors().values().any(|t| matches!(t.ty, TensorType::Tl1 | TensorType::Tl2)) {
+        let beside = file.path().with_file_name("kernel_config.ini");
+        if beside.is_file() {
+            kernels.extend(read_kernel_config(&beside)?);
+        }
+        if let Some(text) = file.text(KERNELS_KEY)? {
+            kernels.extend(TlKernel::parse_ini(&text, &format!("{}: {KERNELS_KEY}", file.path().display()))?);
+        }
+    }
+    kernels.extend(&options.kernels);
+    Ok(kernels)
 }
 
 /// `blk.N.part.weight` to `blk.N.part.scale`.

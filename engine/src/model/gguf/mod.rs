@@ -42,10 +42,12 @@ pub struct GgufOptions {
     /// How I2_S tensors are interleaved. None: as the file's own key says ([`LAYOUT_KEY`], which this engine writes), else what the
     /// weights suggest, else x86 with a warning.
     pub i2s_layout: Option<I2sLayout>,
-    /// Kernel parameters of TL1 and TL2 tensors by shape. A shape that is not here is looked up in the file's own key, then among
-    /// bitnet.cpp's presets.
+    /// Kernel parameters of TL1 and TL2 tensors by shape. A shape that is not here is looked up in the file's own key, then in a
+    /// `kernel_config.ini` beside the file, then among bitnet.cpp's presets.
     pub kernels: TlKernels,
-    /// The activation of the feed-forward blocks. None: squared ReLU for `bitnet-b1.58` and `bitnet-25`, SiLU for `bitnet`.
+    /// The activation of the feed-forward blocks. None: squared ReLU for `bitnet-b1.58` and `bitnet-25`; for `bitnet` as the file's own
+    /// key says, else SiLU for a model that looks like the first ones (SentencePiece, a key/value head for every query head), squared
+    /// ReLU for any other, with a warning.
     pub activation: Option<Activation>,
 }
 
@@ -55,12 +57,16 @@ impl GgufOptions {
     /// # Errors
     /// `ModelError` when the file cannot be read, `ConfigurationError` naming the line that is wrong.
     pub fn with_kernel_config(mut self, path: &Path) -> Result<Self> {
-        use std::io::Read;
-        let mut text = String::new();
-        open_regular(path)?.take(MAX_INI_BYTES).read_to_string(&mut text).map_err(|e| loading_failed(path, &e))?;
-        self.kernels.extend(TlKernel::parse_ini(&text, &path.display().to_string())?);
+        self.kernels.extend(read_kernel_config(path)?);
         Ok(self)
     }
+}
+
+fn read_kernel_config(path: &Path) -> Result<TlKernels> {
+    use std::io::Read;
+    let mut text = String::new();
+    open_regular(path)?.take(MAX_INI_BYTES).read_to_string(&mut text).map_err(|e| loading_failed(path, &e))?;
+    TlKernel::parse_ini(&text, &path.display().to_string())
 }
 
 /// A file and what is said about it: what to open a GGUF model with.
