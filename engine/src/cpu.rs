@@ -46,13 +46,13 @@ struct Shared {
 }
 
 impl CpuEngine {
-    /// Loads a Hugging Face folder: packed or master weights, one file or shards.
+    /// Loads a Hugging Face folder (packed or master weights, one file or shards) or a GGUF file.
     ///
     /// # Errors
     /// `ModelError` and `ConfigurationError` naming file, tensor or key; `MemoryError::OutOfMemory` before anything is allocated when
     /// the model does not fit; what [`EngineOptions`] asks for and is not there.
-    pub fn load(folder: &Path, options: &EngineOptions) -> Result<Self> {
-        Self::open(&ModelSource::Folder(folder.to_path_buf()), options)
+    pub fn load(path: &Path, options: &EngineOptions) -> Result<Self> {
+        Self::open(&ModelSource::from_path(path), options)
     }
 
     /// The trained tiny model that is compiled in.
@@ -63,7 +63,7 @@ impl CpuEngine {
         Self::open(&ModelSource::Embedded, options)
     }
 
-    /// Loads from either source.
+    /// Loads from any source.
     ///
     /// # Errors
     /// As [`Self::load`].

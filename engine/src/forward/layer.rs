@@ -66,7 +66,7 @@ impl Layer {
         run.project_and_add(&self.o);
         run.lap(|t| &mut t.attention);
 
-        // Feed-forward: squared ReLU on the gate branch, one quantised input for gate and up.
+        // Feed-forward: squared ReLU (or SiLU) on the gate branch, one quantised input for gate and up.
         run.norm_and_quantize(&self.post_attention_norm, "post-attention norm", index)?;
         let b = &mut run.buffers;
         let mut jobs =

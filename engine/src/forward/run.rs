@@ -9,6 +9,7 @@ use super::layer::TernaryLinear;
 use super::rope::Rope;
 use super::transformer::Transformer;
 use crate::kernels::{AttendArgs, Kernels, QuantizedActivations, TernaryJob, Threads, head_matmul, ternary_matmul};
+use crate::model::Activation;
 
 /// Most rows that go through a layer together. Longer inputs are cut; where does not show in the results.
 const MAX_ROWS: usize = 128;
@@ -85,6 +86,7 @@ pub(crate) struct Run {
     intermediate: usize,
     pub(super) head_dim: usize,
     pub(super) kv_heads: usize,
+    activation: Activation,
     times: Times,
     clock: Instant,
 }
@@ -102,6 +104,7 @@ impl Run {
             intermediate: d.intermediate_size,
             head_dim: d.head_dim(),
             kv_heads: d.num_key_value_heads,
+            activation: d.activation,
             times: Times::default(),
             clock: Instant::now(),
         }
@@ -264,9 +267,12 @@ impl Run {
         self.quantize(Source::Up, what, layer)
     }
 
-    /// `up = relu(gate)^2 * up`.
+    /// `up = activation(gate) * up`.
     pub(super) fn gate(&mut self) {
-        self.kernels.relu2_gate(&self.buffers.gate, &mut self.buffers.up);
+        match self.activation {
+            Activation::Relu2 => self.kernels.relu2_gate(&self.buffers.gate, &mut self.buffers.up),
+            Activation::Silu => self.kernels.silu_gate(&self.buffers.gate, &mut self.buffers.up),
+        }
     }
 
     /// The residual stream plus a projection of the quantised input.

@@ -93,6 +93,16 @@ pub(super) fn relu2_gate(gate: &[f32], up: &mut [f32]) {
     }
 }
 
+/// See [`super::Kernels::silu_gate`]. Both signs go by `e^-|x|`, which cannot overflow.
+#[inline(always)]
+pub(super) fn silu_gate(gate: &[f32], up: &mut [f32]) {
+    for (u, &g) in up.iter_mut().zip(gate) {
+        let e = exp_nonpositive(-g.abs());
+        let sigmoid = if g < 0.0 { e / (1.0 + e) } else { 1.0 / (1.0 + e) };
+        *u *= g * sigmoid;
+    }
+}
+
 /// See [`super::Kernels::add`].
 #[inline(always)]
 pub(super) fn add(x: &mut [f32], y: &[f32]) {

@@ -43,6 +43,7 @@ pub struct Kernels {
     rms_norm: fn(&[f32], &[f32], f32, &mut [f32]) -> bool,
     quantize: fn(&[f32], &mut [i8]) -> Option<float::ActivationScale>,
     relu2_gate: fn(&[f32], &mut [f32]),
+    silu_gate: fn(&[f32], &mut [f32]),
     add: fn(&mut [f32], &[f32]),
     attend: fn(&AttendArgs<'_>, &mut [f32], &mut [f32]),
     head: fn(FloatRows<'_>, &[f32], usize, &mut [f32]),
@@ -88,6 +89,11 @@ impl Kernels {
     /// `up[i] = relu(gate[i])^2 * up[i]`.
     pub(crate) fn relu2_gate(&self, gate: &[f32], up: &mut [f32]) {
         (self.relu2_gate)(gate, up)
+    }
+
+    /// `up[i] = gate[i] / (1 + e^-gate[i]) * up[i]`.
+    pub(crate) fn silu_gate(&self, gate: &[f32], up: &mut [f32]) {
+        (self.silu_gate)(gate, up)
     }
 
     /// `x[i] += y[i]`.
@@ -137,6 +143,10 @@ macro_rules! kernel_table {
                 float::relu2_gate(gate, up)
             }
             $(#[target_feature(enable = $feature)])?
+            pub(super) fn silu_gate(gate: &[f32], up: &mut [f32]) {
+                float::silu_gate(gate, up)
+            }
+            $(#[target_feature(enable = $feature)])?
             pub(super) fn add(x: &mut [f32], y: &[f32]) {
                 float::add(x, y)
             }
@@ -163,6 +173,7 @@ macro_rules! kernel_table {
             rms_norm: |x, gain, eps, out| unsafe { entry::rms_norm(x, gain, eps, out) },
             quantize: |x, out| unsafe { entry::quantize(x, out) },
             relu2_gate: |gate, up| unsafe { entry::relu2_gate(gate, up) },
+            silu_gate: |gate, up| unsafe { entry::silu_gate(gate, up) },
             add: |x, y| unsafe { entry::add(x, y) },
             attend: |args, scores, out| unsafe { entry::attend(args, scores, out) },
             head: |rows, hidden, tokens, out| unsafe { entry::head(rows, hidden, tokens, out) },

@@ -1,25 +1,14 @@
-//! A Hugging Face checkpoint: config.json, one or several safetensors files, tokenizer.json.
+//! A model on disk, whatever its format: one front for Hugging Face folders and GGUF files.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use bitnet_contracts::{InferenceError, MemoryError, ModelError, QuantizationError, Result};
-use half::f16;
-use safetensors::Dtype;
-use serde::Deserialize;
+use bitnet_contracts::Result;
 
-use super::description::{ModelDescription, WeightScale};
-use super::safetensors_file::{SafetensorsFile, loading_failed, open_regular};
+use super::description::ModelDescription;
+use super::gguf::{GgufModel, GgufSource, TensorType};
+use super::hf_folder::HfCheckpoint;
 use super::tokenizer::Tokenizer;
-use super::weights::{FloatMatrix, FloatValues, TernarySource, TernaryTensor};
-use crate::ternary::HfPacked;
-
-/// The most bytes read of a config.json or an index file.
-const MAX_JSON_BYTES: u64 = 16 << 20;
-/// The most bytes read of a tokenizer.json.
-const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+use super::weights::{FloatMatrix, TernaryTensor};
 
 /// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,22 +17,32 @@ pub enum ModelSource {
     Embedded,
     /// A folder in the layout of Hugging Face.
     Folder(PathBuf),
+    /// A GGUF file.
+    Gguf(GgufSource),
+}
+
+impl ModelSource {
+    /// The source that `path` is by its kind: a GGUF file when it is a file or ends in `.gguf`, else a folder.
+    pub fn from_path(path: &Path) -> Self {
+        if path.is_file() || (path.extension().is_some_and(|e| e == "gguf") && !path.is_dir()) {
+            Self::Gguf(GgufSource { path: path.to_path_buf(), options: Default::default() })
+        } else {
+            Self::Folder(path.to_path_buf())
+        }
+    }
 }
 
 /// An open checkpoint: description, tokenizer, and tensors by name.
+///
+/// Tensors are asked for by their Hugging Face names, in whatever format they are.
 pub struct Checkpoint {
-    description: ModelDescription,
+    format: Format,
     tokenizer: Option<Tokenizer>,
-    files: Vec<SafetensorsFile>,
-    tensors: BTreeMap<String, Place>,
 }
 
-#[derive(Clone)]
-struct Place {
-    file: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    offsets: (usize, usize),
+enum Format {
+    HuggingFace(HfCheckpoint),
+    Gguf(GgufModel),
 }
 
 /// A line of `bitnet inspect`.
@@ -53,16 +52,22 @@ pub struct TensorSummary {
     pub name: String,
     /// Element type as the file format spells it.
     pub dtype: String,
-    /// Dimensions.
+    /// Dimensions as the file has them, the outermost first.
     pub shape: Vec<usize>,
     /// Bytes in the file.
     pub bytes: usize,
+    /// Numbers that the tensor stands for: of packed trits more than the product of the dimensions.
+    pub elements: usize,
 }
 
-/// model.safetensors.index.json
-#[derive(Deserialize)]
-struct ShardIndex {
-    weight_map: BTreeMap<String, String>,
+/// Calls a method of either format.
+macro_rules! either {
+    ($self:expr, $name:ident ( $($argument:expr),* )) => {
+        match &$self.format {
+            Format::HuggingFace(checkpoint) => checkpoint.$name($($argument),*),
+            Format::Gguf(model) => model.$name($($argument),*),
+        }
+    };
 }
 
 impl Checkpoint {
@@ -75,87 +80,32 @@ impl Checkpoint {
     /// `ModelError` naming the file, `ConfigurationError` naming the key.
     pub fn open(source: &ModelSource) -> Result<Self> {
         match source {
-            ModelSource::Folder(folder) => Self::open_folder(folder),
-            ModelSource::Embedded => Self::embedded(),
+            ModelSource::Folder(folder) => {
+                Self::hugging_face(HfCheckpoint::open(folder)?, &folder.join("tokenizer.json"))
+            }
+            ModelSource::Embedded => Self::hugging_face(HfCheckpoint::embedded()?, Path::new("tiny/tokenizer.json")),
+            ModelSource::Gguf(source) => Self::gguf(GgufModel::open(&source.path, &source.options)?),
         }
     }
 
-    fn embedded() -> Result<Self> {
-        let tiny = fixtures::tiny();
-        let path = |name: &str| Path::new("tiny").join(name);
-        let description = ModelDescription::from_json(tiny.config_json(), &path("config.json"))?;
-        let weights = Cow::Owned(tiny.weights().to_vec());
-        let file = SafetensorsFile::embedded(&path("model.safetensors"), weights)?;
-        let tokenizer =
-            tiny.tokenizer_json().map(|json| Tokenizer::from_json(json, &path("tokenizer.json"))).transpose()?;
-        Self::assemble(description, tokenizer, vec![file], None)
+    fn hugging_face(checkpoint: HfCheckpoint, path: &Path) -> Result<Self> {
+        let tokenizer = checkpoint.tokenizer_json().map(|json| Tokenizer::from_json(json, path)).transpose()?;
+        Ok(Self { format: Format::HuggingFace(checkpoint), tokenizer })
     }
 
-    fn open_folder(folder: &Path) -> Result<Self> {
-        if !folder.is_dir() {
-            return Err(if folder.exists() {
-                ModelError::InvalidFormat {
-                    format: format!("{} is not a folder", folder.display()),
-                    expected: "a folder with config.json and model.safetensors".to_string(),
-                }
-            } else {
-                ModelError::FileNotFound { path: folder.display().to_string() }
-            }
-            .into());
-        }
-        let config = folder.join("config.json");
-        let description = ModelDescription::from_json(&read_bounded(&config, MAX_JSON_BYTES)?, &config)?;
-        let tokenizer_path = folder.join("tokenizer.json");
-        let tokenizer = if tokenizer_path.exists() {
-            Some(Tokenizer::from_json(&read_bounded(&tokenizer_path, MAX_TOKENIZER_BYTES)?, &tokenizer_path)?)
-        } else {
-            None
-        };
-        let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
-        if !single.exists() && index.exists() {
-            let (files, map) = open_shards(folder, &index)?;
-            Self::assemble(description, tokenizer, files, Some((index, map)))
-        } else {
-            Self::assemble(description, tokenizer, vec![SafetensorsFile::open(&single)?], None)
-        }
-    }
-
-    fn assemble(
-        description: ModelDescription,
-        tokenizer: Option<Tokenizer>,
-        files: Vec<SafetensorsFile>,
-        index: Option<(PathBuf, BTreeMap<String, usize>)>,
-    ) -> Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for (number, file) in files.iter().enumerate() {
-            for (name, info) in file.metadata.tensors() {
-                let place =
-                    Place { file: number, dtype: info.dtype, shape: info.shape.clone(), offsets: info.data_offsets };
-                if tensors.insert(name.clone(), place).is_some() {
-                    return Err(ModelError::ValidationFailed {
-                        reason: format!("{}: tensor {name} is in two shards", file.path().display()),
-                    }
-                    .into());
-                }
-            }
-        }
-        if let Some((path, map)) = index {
-            for (name, file) in map {
-                if tensors.get(&name).map(|place: &Place| place.file) != Some(file) {
-                    return Err(ModelError::ValidationFailed {
-                        reason: format!("{}: tensor {name} is not in the shard that the index names", path.display()),
-                    }
-                    .into());
-                }
-            }
-        }
-        Ok(Self { description, tokenizer, files, tensors })
+    /// A checkpoint of an open GGUF model.
+    ///
+    /// # Errors
+    /// `ModelError::LoadingFailed` when its tokenizer cannot be made.
+    pub fn gguf(model: GgufModel) -> Result<Self> {
+        let path = model.file().path();
+        let tokenizer = model.tokenizer_json().map(|json| Tokenizer::from_json(json, path)).transpose()?;
+        Ok(Self { format: Format::Gguf(model), tokenizer })
     }
 
     /// The model's description.
     pub fn description(&self) -> &ModelDescription {
-        &self.description
+        either!(self, description())
     }
 
     /// The tokenizer, if the checkpoint has one.
@@ -163,35 +113,46 @@ impl Checkpoint {
         self.tokenizer.as_ref()
     }
 
-    /// All tensors by name.
+    /// The tokenizer as a tokenizer.json, if the checkpoint has one.
+    pub fn tokenizer_json(&self) -> Option<&[u8]> {
+        either!(self, tokenizer_json())
+    }
+
+    /// The template (Jinja) that turns a conversation into a prompt, if the checkpoint has one.
+    pub fn chat_template(&self) -> Option<&str> {
+        either!(self, chat_template())
+    }
+
+    /// The GGUF model, if it is one.
+    pub fn as_gguf(&self) -> Option<&GgufModel> {
+        match &self.format {
+            Format::Gguf(model) => Some(model),
+            Format::HuggingFace(_) => None,
+        }
+    }
+
+    /// All tensors, by the names of the file.
     pub fn tensors(&self) -> Vec<TensorSummary> {
-        self.tensors
-            .iter()
-            .map(|(name, place)| TensorSummary {
-                name: name.clone(),
-                dtype: format!("{:?}", place.dtype),
-                shape: place.shape.clone(),
-                bytes: place.offsets.1 - place.offsets.0,
-            })
-            .collect()
+        either!(self, summaries())
     }
 
     /// Bytes of all tensors in the files.
     pub fn tensor_bytes(&self) -> usize {
-        self.tensors.values().map(|place| place.offsets.1 - place.offsets.0).sum()
+        self.tensors().iter().map(|tensor| tensor.bytes).fold(0, usize::saturating_add)
     }
 
-    /// Whether the layers are stored as packed trits (else they are master weights).
+    /// Whether the layers are stored as packed trits (else they are floats).
     pub fn is_packed(&self) -> bool {
-        self.tensors.get("model.layers.0.self_attn.q_proj.weight").is_some_and(|place| place.dtype == Dtype::U8)
+        either!(self, is_packed())
     }
 
-    /// A vector of floats (f32, f16 or bf16 in the file), all finite.
+    /// A vector of floats, all finite.
     ///
     /// # Errors
     /// `ModelError::ValidationFailed` naming the tensor: missing, of another type or shape, not finite.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let matrix = self.floats(name, &[len])?;
+        // The shape is checked against the file before anything of that length is made.
+        let matrix = either!(self, floats(name, &[len]))?;
         let mut out = vec![0f32; len];
         matrix.row(0, &mut out);
         Ok(out)
@@ -202,150 +163,31 @@ impl Checkpoint {
     /// # Errors
     /// As [`Self::vector`], and `MemoryError::AllocationFailed`.
     pub fn matrix(&self, name: &str, rows: usize, columns: usize) -> Result<FloatMatrix> {
-        let matrix = self.floats(name, &[rows, columns])?;
+        let matrix = either!(self, floats(name, &[rows, columns]))?;
         self.release(name);
         Ok(matrix)
     }
 
-    /// The ternary matrix `name`.weight, `[rows, columns]`, packed or from master weights.
+    /// The ternary matrix `name`.weight, `[rows, columns]`, packed or from floats.
     ///
     /// # Errors
-    /// As [`Self::vector`], and `QuantizationError::InvalidScale`.
+    /// As [`Self::vector`], and `QuantizationError::InvalidScale`, `::LayoutMismatch`.
     pub fn ternary(&self, name: &str, rows: usize, columns: usize) -> Result<TernaryTensor<'_>> {
-        let weight = format!("{name}.weight");
-        let place = self.place(&weight)?;
-        if place.dtype != Dtype::U8 {
-            let values = self.floats(&weight, &[rows, columns])?;
-            let mut row = vec![0f32; columns];
-            let mut sum = 0f64;
-            for r in 0..rows {
-                values.row(r, &mut row);
-                sum += row.iter().map(|w| f64::from(w.abs())).sum::<f64>();
-            }
-            let inverse = 1.0 / ((sum / (rows as f64 * columns as f64)) as f32).max(1e-5);
-            let source = TernarySource::Master { values, inverse };
-            return Ok(TernaryTensor { name: weight, rows, columns, scale: 1.0 / inverse, source });
-        }
-        expect_shape(&weight, place, &[rows / 4, columns])?;
-        let packed = HfPacked::new(&weight, self.bytes(place)?, rows, columns)?;
-        let scale_name = format!("{name}.weight_scale");
-        let stored = self.vector(&scale_name, 1)?[0];
-        let scale = match self.description.weight_scale {
-            WeightScale::Multiply => stored,
-            WeightScale::Divide => 1.0 / stored,
-        };
-        if !(stored > 0.0 && scale.is_finite()) {
-            return Err(QuantizationError::InvalidScale { tensor: scale_name, value: stored }.into());
-        }
-        Ok(TernaryTensor { name: weight, rows, columns, scale, source: TernarySource::Packed(packed) })
+        either!(self, ternary(name, rows, columns))
+    }
+
+    /// The type of a float tensor in the file.
+    pub(super) fn stored_type(&self, name: &str) -> Result<TensorType> {
+        either!(self, stored_type(name))
+    }
+
+    /// The bytes of a tensor as the file has them.
+    pub(super) fn stored_bytes(&self, name: &str, shape: &[usize]) -> Result<&[u8]> {
+        either!(self, stored_bytes(name, shape))
     }
 
     /// Lets the system drop the pages of a tensor that has been read.
     pub fn release(&self, name: &str) {
-        if let Some(place) = self.tensors.get(name) {
-            self.files[place.file].release(place.offsets);
-        }
+        either!(self, release(name))
     }
-
-    fn place(&self, name: &str) -> Result<&Place> {
-        self.tensors.get(name).ok_or_else(|| invalid(name, "missing"))
-    }
-
-    fn bytes(&self, place: &Place) -> Result<&[u8]> {
-        self.files[place.file].data(place.offsets)
-    }
-
-    fn floats(&self, name: &str, shape: &[usize]) -> Result<FloatMatrix> {
-        let place = self.place(name)?;
-        expect_shape(name, place, shape)?;
-        let bytes = self.bytes(place)?;
-        let start = place.offsets.0;
-        let read = |from: usize, to: usize| self.files[place.file].release((start + from, start + to));
-        let values = match place.dtype {
-            Dtype::BF16 => FloatValues::Bf16(collect(bytes, u16::from_le_bytes, &read)?),
-            Dtype::F16 => FloatValues::F32(collect(bytes, |b| f16::from_le_bytes(b).to_f32(), &read)?),
-            Dtype::F32 => FloatValues::F32(collect(bytes, f32::from_le_bytes, &read)?),
-            other => return Err(invalid(name, &format!("of type {other:?}, expected BF16, F16 or F32"))),
-        };
-        let finite = match &values {
-            FloatValues::Bf16(v) => v.iter().all(|b| b & 0x7f80 != 0x7f80),
-            FloatValues::F32(v) => v.iter().all(|x| x.is_finite()),
-        };
-        if !finite {
-            return Err(invalid(name, "not finite: it holds NaN or infinity"));
-        }
-        let columns = shape.last().copied().unwrap_or(1);
-        Ok(FloatMatrix { rows: shape.iter().product::<usize>() / columns.max(1), columns, values })
-    }
-}
-
-fn invalid(name: &str, what: &str) -> InferenceError {
-    ModelError::ValidationFailed { reason: format!("tensor {name} is {what}") }.into()
-}
-
-fn expect_shape(name: &str, place: &Place, shape: &[usize]) -> Result<()> {
-    if place.shape == shape {
-        return Ok(());
-    }
-    Err(invalid(name, &format!("of shape {:?} ({:?}), expected {shape:?} by config.json", place.shape, place.dtype)))
-}
-
-/// Converts `N`-byte elements. The allocation is as large as the bytes that are really there. `read` is told of every large piece that
-/// is done with, so that a big matrix is not in memory twice.
-fn collect<const N: usize, T>(
-    bytes: &[u8],
-    convert: impl Fn([u8; N]) -> T,
-    read: &dyn Fn(usize, usize),
-) -> Result<Vec<T>> {
-    const PIECE: usize = 8 << 20;
-    let mut out = Vec::new();
-    out.try_reserve_exact(bytes.len() / N)
-        .map_err(|e| MemoryError::AllocationFailed { size_bytes: bytes.len(), reason: e.to_string() })?;
-    for (i, piece) in bytes.chunks(PIECE).enumerate() {
-        out.extend(piece.as_chunks::<N>().0.iter().map(|&b| convert(b)));
-        if piece.len() == PIECE {
-            read(i * PIECE, (i + 1) * PIECE);
-        }
-    }
-    Ok(out)
-}
-
-fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    open_regular(path)?.take(limit + 1).read_to_end(&mut bytes).map_err(|e| loading_failed(path, &e))?;
-    if bytes.len() as u64 > limit {
-        return Err(loading_failed(path, &format!("larger than {limit} bytes")));
-    }
-    Ok(bytes)
-}
-
-/// Opens the shards that an index names, each once.
-fn open_shards(folder: &Path, index: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
-    let parsed: ShardIndex =
-        serde_json::from_slice(&read_bounded(index, MAX_JSON_BYTES)?).map_err(|e| ModelError::InvalidFormat {
-            format: format!("{}: {e}", index.display()),
-            expected: "a safetensors index with a weight_map".to_string(),
-        })?;
-    let mut files = Vec::new();
-    let mut numbers = BTreeMap::<String, usize>::new();
-    let mut map = BTreeMap::new();
-    for (tensor, shard) in parsed.weight_map {
-        let number = match numbers.get(&shard) {
-            Some(&number) => number,
-            None => {
-                // A shard lies beside its index: a name that leads elsewhere is no shard name.
-                if Path::new(&shard).file_name() != Some(shard.as_ref()) {
-                    return Err(ModelError::ValidationFailed {
-                        reason: format!("{}: shard {shard:?} is not a plain file name", index.display()),
-                    }
-                    .into());
-                }
-                files.push(SafetensorsFile::open(&folder.join(&shard))?);
-                numbers.insert(shard, files.len() - 1);
-                files.len() - 1
-            }
-        };
-        map.insert(tensor, number);
-    }
-    Ok((files, map))
 }

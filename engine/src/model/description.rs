@@ -14,6 +14,36 @@ pub enum WeightScale {
     Divide,
 }
 
+/// The activation of the gate branch of a feed-forward block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `relu(x)^2`, of BitNet b1.58 2B4T.
+    Relu2,
+    /// `x / (1 + e^-x)`, of the b1.58 models before it.
+    Silu,
+}
+
+impl Activation {
+    /// `relu2` or `silu`, as config.json has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Relu2 => "relu2",
+            Self::Silu => "silu",
+        }
+    }
+}
+
+impl std::str::FromStr for Activation {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        [Self::Relu2, Self::Silu]
+            .into_iter()
+            .find(|activation| activation.name() == name)
+            .ok_or_else(|| format!("{name:?} is no activation; there are relu2 and silu"))
+    }
+}
+
 /// Everything the forward pass needs to know beyond the weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelDescription {
@@ -37,6 +67,8 @@ pub struct ModelDescription {
     pub rms_norm_eps: f64,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
+    /// Activation of the feed-forward blocks.
+    pub activation: Activation,
     /// What `weight_scale` means.
     pub weight_scale: WeightScale,
     /// Begin-of-sequence token.
@@ -139,6 +171,8 @@ impl ModelDescription {
             rms_norm_eps: config.rms_norm_eps.unwrap_or(1e-5),
             tie_word_embeddings: config.tie_word_embeddings.unwrap_or(false),
             rope_theta,
+            // Any other was refused above.
+            activation: Activation::Relu2,
             weight_scale: config.weight_scale()?,
             bos_token_id: config.bos_token_id,
             eos_token_ids: match config.eos_token_id {
@@ -157,7 +191,8 @@ impl ModelDescription {
         Ok(description)
     }
 
-    fn check(&self, head_dim: Option<usize>) -> Result<()> {
+    /// Checks the numbers against each other; `head_dim` is one that the file gives besides.
+    pub(super) fn check(&self, head_dim: Option<usize>) -> Result<()> {
         self.config().validate()?;
         if let Some(explicit) = head_dim.filter(|&d| d != self.head_dim()) {
             // attn_sub_norm is as long as the hidden state and is applied to all heads' outputs, so the two must agree.

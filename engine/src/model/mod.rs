@@ -2,12 +2,20 @@
 
 mod checkpoint;
 mod description;
+pub mod gguf;
+mod hf_folder;
+mod hf_write;
 #[allow(unsafe_code)]
+mod mapped_file;
+mod plan;
 mod safetensors_file;
 mod tokenizer;
 mod weights;
 
 pub use checkpoint::{Checkpoint, ModelSource, TensorSummary};
-pub use description::{ModelDescription, WeightScale};
+pub use description::{Activation, ModelDescription, WeightScale};
+pub use gguf::{GgufOptions, GgufSource};
+pub use hf_write::write_hf_packed;
+pub use plan::Part;
 pub use tokenizer::Tokenizer;
 pub use weights::{FloatMatrix, FloatRows, TernaryTensor};

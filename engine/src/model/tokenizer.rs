@@ -1,4 +1,4 @@
-//! The tokenizer of a checkpoint (`tokenizer.json`), by the `tokenizers` crate.
+//! The tokenizer of a checkpoint (`tokenizer.json`, which the keys of a GGUF file are turned into), by the `tokenizers` crate.
 
 use std::path::Path;
 
@@ -35,6 +35,11 @@ impl Tokenizer {
     /// `TokenizationError::DecodingFailed`.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.0.decode(ids, true).map_err(|e| TokenizationError::DecodingFailed { reason: e.to_string() }.into())
+    }
+
+    /// The token of an id, if there is one.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.0.id_to_token(id)
     }
 
     /// Number of tokens, added ones included.

@@ -1,9 +1,9 @@
 //! Weights in storage form: float matrices as the file has them, ternary matrices row by row.
 
-use bitnet_contracts::Result;
+use bitnet_contracts::{MemoryError, Result};
 use half::bf16;
 
-use crate::ternary::HfPacked;
+use crate::ternary::PackedRows;
 
 /// A `[rows, columns]` matrix in the precision of the file (f16 is widened to f32).
 #[derive(Debug)]
@@ -67,6 +67,26 @@ impl FloatMatrix {
         }
     }
 
+    /// Whether all values are -s, 0 or s of one s.
+    pub fn is_ternary(&self) -> bool {
+        self.ternary_scale().is_some()
+    }
+
+    /// The s of a matrix of nothing but -s, 0 and s; None for any other and for one of zeroes.
+    pub(super) fn ternary_scale(&self) -> Option<f32> {
+        let mut row = vec![0f32; self.columns];
+        let mut scale = None;
+        for r in 0..self.rows {
+            self.row(r, &mut row);
+            for magnitude in row.iter().map(|w| w.abs()).filter(|&m| m != 0.0) {
+                if *scale.get_or_insert(magnitude) != magnitude {
+                    return None;
+                }
+            }
+        }
+        scale
+    }
+
     /// Copies row `row` into `out`, widened to f32 (exact).
     pub fn row(&self, row: usize, out: &mut [f32]) {
         match self.view(row, 1) {
@@ -90,7 +110,7 @@ pub struct TernaryTensor<'a> {
 
 #[derive(Debug)]
 pub(super) enum TernarySource<'a> {
-    Packed(HfPacked<'a>),
+    Packed(Box<dyn PackedRows + 'a>),
     /// Master weights, ternarised by absmean as `transformers` `WeightQuant` does: `clamp(round(w * inverse), -1, 1)`.
     Master {
         values: FloatMatrix,
@@ -99,6 +119,19 @@ pub(super) enum TernarySource<'a> {
 }
 
 impl TernaryTensor<'_> {
+    /// Master weights, ternarised by absmean: the scale is the mean magnitude, at least 1e-5.
+    pub(super) fn from_master(name: String, values: FloatMatrix) -> Self {
+        let (rows, columns) = (values.rows, values.columns);
+        let mut row = vec![0f32; columns];
+        let mut sum = 0f64;
+        for r in 0..rows {
+            values.row(r, &mut row);
+            sum += row.iter().map(|w| f64::from(w.abs())).sum::<f64>();
+        }
+        let inverse = 1.0 / ((sum / (rows as f64 * columns as f64)) as f32).max(1e-5);
+        Self { name, rows, columns, scale: 1.0 / inverse, source: TernarySource::Master { values, inverse } }
+    }
+
     /// Output features.
     pub fn rows(&self) -> usize {
         self.rows
@@ -112,6 +145,21 @@ impl TernaryTensor<'_> {
     /// The dense value of trit 1, whatever the file's scale means.
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// All trits, row by row.
+    ///
+    /// # Errors
+    /// As [`Self::row`], and `MemoryError::AllocationFailed`.
+    pub fn trits(&self) -> Result<Vec<i8>> {
+        let mut out: Vec<i8> = Vec::new();
+        // As large as the file accounts for: the shape was held against it.
+        let bytes = self.rows * self.columns;
+        out.try_reserve_exact(bytes)
+            .map_err(|e| MemoryError::AllocationFailed { size_bytes: bytes, reason: e.to_string() })?;
+        out.resize(bytes, 0);
+        out.chunks_exact_mut(self.columns).enumerate().try_for_each(|(r, row)| self.row(r, row))?;
+        Ok(out)
     }
 
     /// Writes the trits (-1, 0, 1) of row `row` into `out`, which has `columns` elements.

@@ -6,7 +6,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::engine::{Clock, DenseEngine, DenseModel, Input, Pass, unstable};
 use super::weights::Weights;
-use crate::model::{Checkpoint, ModelDescription};
+use crate::model::{Activation, Checkpoint, ModelDescription};
 
 /// Most queries of a sequence that attend together: bounds the scores held at once.
 const QUERIES: usize = 128;
@@ -106,7 +106,11 @@ impl CandleModel {
             let gate = linear(&normed, &w.gate)?;
             // Relu makes a zero of minus infinity, and of NaN.
             check_finite(&gate, "the gate", Some(n))?;
-            let gated = (gate.relu()?.sqr()? * linear(&normed, &w.up)?)?;
+            let activated = match d.activation {
+                Activation::Relu2 => gate.relu()?.sqr()?,
+                Activation::Silu => gate.silu()?,
+            };
+            let gated = (activated * linear(&normed, &w.up)?)?;
             clock.lap(|c| &mut c.feed_forward);
             let normed = self.norm(&gated, &w.ffn_sub_norm, "the input of the FFN sub-norm", Some(n))?;
             clock.lap(|c| &mut c.normalization);

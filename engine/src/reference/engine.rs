@@ -194,7 +194,7 @@ impl<M: DenseModel> DenseEngine<M> {
     /// `ModelError` and `ConfigurationError` naming file, tensor or key; `MemoryError::OutOfMemory` before anything is made dense
     /// when the dense model does not fit.
     pub fn load(folder: &Path, options: &EngineOptions) -> Result<Self> {
-        Self::open(&ModelSource::Folder(folder.to_path_buf()), options)
+        Self::open(&ModelSource::from_path(folder), options)
     }
 
     /// The trained tiny model that is compiled in.

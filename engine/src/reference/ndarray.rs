@@ -5,7 +5,7 @@ use ndarray::{ArcArray, Array1, Array2, Array4, ArrayView1, Axis, Ix4, ShapeErro
 
 use super::engine::{Clock, DenseEngine, DenseModel, Input, Pass, unstable};
 use super::weights::Weights;
-use crate::model::{Checkpoint, ModelDescription};
+use crate::model::{Activation, Checkpoint, ModelDescription};
 
 /// The backend `ndarray-fp32`: the fp32 semantics in f64 from the embedding to the logits, which are rounded to f32 at the very end.
 ///
@@ -80,7 +80,10 @@ impl DenseModel for NdarrayModel {
             let (gate, mut gated) = (linear(&normed, &w.gate), linear(&normed, &w.up));
             // Squared relu makes a zero of minus infinity, and of NaN.
             check_finite(&gate, "the gate", Some(n))?;
-            gated.zip_mut_with(&gate, |up, &gate| *up *= gate.max(0.0) * gate.max(0.0));
+            match d.activation {
+                Activation::Relu2 => gated.zip_mut_with(&gate, |up, &gate| *up *= gate.max(0.0) * gate.max(0.0)),
+                Activation::Silu => gated.zip_mut_with(&gate, |up, &gate| *up *= gate / (1.0 + libm::exp(-gate))),
+            }
             clock.lap(|c| &mut c.feed_forward);
             let normed = self.norm(&gated, &w.ffn_sub_norm, "the input of the FFN sub-norm", Some(n))?;
             clock.lap(|c| &mut c.normalization);

@@ -99,13 +99,9 @@ impl<M, V> Weights<M, V> {
     }
 }
 
-/// Numbers in the tensors of a checkpoint once they are dense. A byte of packed trits is four of them.
+/// Numbers in the tensors of a checkpoint once they are dense.
 pub fn dense_elements(checkpoint: &Checkpoint) -> usize {
-    let elements = |tensor: crate::model::TensorSummary| {
-        let stored = tensor.shape.iter().fold(1usize, |product, &n| product.saturating_mul(n));
-        if tensor.dtype == "U8" { stored.saturating_mul(4) } else { stored }
-    };
-    checkpoint.tensors().into_iter().map(elements).fold(0, usize::saturating_add)
+    checkpoint.tensors().into_iter().map(|tensor| tensor.elements).fold(0, usize::saturating_add)
 }
 
 /// A ternary matrix as floats. A trit times the scale is exact.

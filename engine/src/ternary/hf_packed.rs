@@ -9,6 +9,9 @@
 
 use bitnet_contracts::{QuantizationError, Result};
 
+use super::PackedRows;
+use super::check::{expect_trits, mismatch};
+
 /// A packed matrix as it lies in the file.
 #[derive(Debug, Clone, Copy)]
 pub struct HfPacked<'a> {
@@ -33,12 +36,10 @@ impl<'a> HfPacked<'a> {
         }
         Ok(Self { bytes, columns, quarter: rows / 4 })
     }
+}
 
-    /// Unpacks row `row` into `out`, `columns` trits of -1, 0, 1.
-    ///
-    /// # Errors
-    /// `QuantizationError::InvalidCode` naming `name` and the position of a code 3.
-    pub fn row(&self, name: &str, row: usize, out: &mut [i8]) -> Result<()> {
+impl PackedRows for HfPacked<'_> {
+    fn row(&self, name: &str, row: usize, out: &mut [i8]) -> Result<()> {
         let (quarter, r) = (row / self.quarter, row % self.quarter);
         let bytes = &self.bytes[r * self.columns..(r + 1) * self.columns];
         let mut invalid = 0;
@@ -58,6 +59,20 @@ impl<'a> HfPacked<'a> {
         }
         Ok(())
     }
+}
+
+/// The bytes of a matrix, `[rows / 4, columns]`. The scale is a tensor of its own.
+///
+/// # Errors
+/// `QuantizationError::LayoutMismatch` when rows are no multiple of 4, `::InvalidCode` for a value that is no trit.
+pub fn pack(name: &str, trits: &[i8], rows: usize, columns: usize) -> Result<Vec<u8>> {
+    expect_trits(name, trits, rows, columns)?;
+    if !rows.is_multiple_of(4) {
+        return Err(mismatch(name, "rows that are a multiple of 4", format!("{rows} rows")));
+    }
+    let quarter = trits.len() / 4;
+    let code = |i: usize| (trits[i] + 1) as u8;
+    Ok((0..quarter).map(|i| (0..4).rev().fold(0, |byte, k| byte << 2 | code(k * quarter + i))).collect())
 }
 
 #[cfg(test)]

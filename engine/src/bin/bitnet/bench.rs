@@ -37,7 +37,7 @@ struct Sample {
 pub(crate) fn run(args: &BenchArgs) -> Outcome {
     let (pp, tg) = (args.pp as usize, args.tg as usize);
     let start = Instant::now();
-    let mut engine = CpuEngine::open(&args.model.source(), &args.model.options())?;
+    let mut engine = CpuEngine::open(&args.model.source()?, &args.model.options())?;
     let load_s = start.elapsed().as_secs_f64();
     let (vocabulary, context) = (engine.config().vocab_size, engine.config().max_position_embeddings);
     if pp + tg > context {

@@ -43,9 +43,8 @@ pub(crate) struct GenerateArgs {
 }
 
 pub(crate) fn run(args: &GenerateArgs) -> Outcome {
-    let mut engine = CpuEngine::open(&args.model.source(), &args.model.options())?;
-    let tokenizer =
-        engine.tokenizer().cloned().ok_or_else(|| format!("{} has no tokenizer.json", args.model.name()))?;
+    let mut engine = CpuEngine::open(&args.model.source()?, &args.model.options())?;
+    let tokenizer = engine.tokenizer().cloned().ok_or_else(|| format!("{} has no tokenizer", args.model.name()))?;
     let prompt = tokenizer.encode(&args.prompt)?;
     let config = GenerationConfig {
         max_new_tokens: args.max_tokens,

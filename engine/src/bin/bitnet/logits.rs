@@ -30,7 +30,7 @@ pub(crate) fn run(args: &LogitsArgs) -> Outcome {
     let rows = parse(&args.tokens)?;
     let (batch, seq) = (rows.len(), rows[0].len());
     let ids: Vec<u32> = rows.into_iter().flatten().collect();
-    let mut engine = backends::open(&args.backend, &args.model.source(), &args.model.options())?;
+    let mut engine = backends::open(&args.backend, &args.model.source()?, &args.model.options())?;
     let input = Tensor::from_slice(&ids, (batch, seq), &Device::Cpu)?;
     let output = engine.forward(&input, None)?;
     output.validate(batch, seq, engine.config().vocab_size)?;

@@ -6,15 +6,18 @@
 
 mod backends;
 mod bench;
+mod convert;
+mod diff;
 mod generate;
 mod inspect;
 mod logits;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use bitnet_engine::EngineOptions;
-use bitnet_engine::model::ModelSource;
+use bitnet_engine::model::{Activation, ModelSource};
+use bitnet_engine::ternary::I2sLayout;
 use clap::{Args, Parser, Subcommand};
 
 /// BitNet b1.58 inference: ternary weights, int8 activations.
@@ -33,26 +36,63 @@ enum Command {
     Logits(logits::LogitsArgs),
     /// Show a model's architecture, tensors and sizes.
     Inspect(inspect::InspectArgs),
+    /// Write a model in another format.
+    Convert(convert::ConvertArgs),
+    /// Make trits of a master checkpoint by absmean and write them.
+    Quantize(convert::ConvertArgs),
+    /// Compare two models tensor by tensor; exit code 1 when they differ.
+    Diff(diff::DiffArgs),
     /// Measure prefill and decode speed.
     Bench(bench::BenchArgs),
     /// List the backends that are compiled in and the instruction sets of this CPU.
     Backends(backends::BackendsArgs),
 }
 
+/// What a GGUF file does not say about itself.
+#[derive(Args)]
+struct GgufArgs {
+    /// Interleaving of I2_S tensors in a GGUF file: x86 or arm (default: as the file or its weights say).
+    #[arg(long, value_name = "LAYOUT")]
+    i2s_layout: Option<I2sLayout>,
+    /// The kernel_config.ini that a GGUF file with TL1 or TL2 tensors was made with.
+    #[arg(long, value_name = "FILE.ini")]
+    kernel_config: Option<PathBuf>,
+    /// Activation of a GGUF file: relu2 or silu (default: that of its architecture).
+    #[arg(long, value_name = "NAME")]
+    activation: Option<Activation>,
+}
+
+impl GgufArgs {
+    /// The folder or GGUF file at `path`, or the embedded model.
+    fn source(&self, path: Option<&Path>) -> bitnet_contracts::Result<ModelSource> {
+        let mut source = path.map_or(ModelSource::Embedded, ModelSource::from_path);
+        if let ModelSource::Gguf(gguf) = &mut source {
+            gguf.options.i2s_layout = self.i2s_layout;
+            gguf.options.activation = self.activation;
+            if let Some(path) = &self.kernel_config {
+                gguf.options = std::mem::take(&mut gguf.options).with_kernel_config(path)?;
+            }
+        }
+        Ok(source)
+    }
+}
+
 /// Which model, on how many threads.
 #[derive(Args)]
 struct ModelArgs {
-    /// Folder with config.json and model.safetensors (default: the embedded tiny model).
-    #[arg(long, value_name = "DIR")]
+    /// Folder with config.json and model.safetensors, or GGUF file (default: the embedded tiny model).
+    #[arg(long, value_name = "DIR|FILE.gguf")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    gguf: GgufArgs,
     /// Threads (default: as many as the process may use).
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
 }
 
 impl ModelArgs {
-    fn source(&self) -> ModelSource {
-        self.model.clone().map_or(ModelSource::Embedded, ModelSource::Folder)
+    fn source(&self) -> bitnet_contracts::Result<ModelSource> {
+        self.gguf.source(self.model.as_deref())
     }
 
     fn options(&self) -> EngineOptions {
@@ -77,6 +117,9 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Convert(args) => convert::convert(&args),
+        Command::Quantize(args) => convert::quantize(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Backends(args) => backends::run(&args),
     };

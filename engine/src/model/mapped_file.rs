@@ -1,0 +1,85 @@
+//! The bytes of a weight file: mapped, or compiled in. The only unsafe code of `model`.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use bitnet_contracts::{ModelError, Result};
+use memmap2::Mmap;
+
+enum Bytes {
+    Mapped(Mmap),
+    Owned(Cow<'static, [u8]>),
+}
+
+/// An open file.
+pub(super) struct MappedFile {
+    path: PathBuf,
+    bytes: Bytes,
+}
+
+impl MappedFile {
+    /// Maps `path`.
+    ///
+    /// # Errors
+    /// `ModelError::FileNotFound`, `::LoadingFailed`.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = open_regular(path)?;
+        // SAFETY: the map is read-only and private to this value. A file that another process shortens while it is mapped makes
+        // the system raise SIGBUS on access; the documentation of `Checkpoint::open` says so. Values are copied out at load and
+        // checked as they are copied, so a file that merely changes cannot break an invariant.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| loading_failed(path, &e))?;
+        Ok(Self { path: path.to_path_buf(), bytes: Bytes::Mapped(map) })
+    }
+
+    /// Bytes in memory; `path` is for error messages.
+    pub(super) fn embedded(path: &Path, bytes: Cow<'static, [u8]>) -> Self {
+        Self { path: path.to_path_buf(), bytes: Bytes::Owned(bytes) }
+    }
+
+    /// The file's path.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All bytes.
+    pub(super) fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped(map) => map,
+            Bytes::Owned(bytes) => bytes,
+        }
+    }
+
+    /// Tells the system that the pages of `range` are not needed any more, so that loading does not hold a model twice.
+    pub(super) fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map) = &self.bytes {
+            // SAFETY: the map is file-backed and read-only: dropped pages are read again from the file when touched. A failure
+            // only means that the pages stay.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+}
+
+/// Opens `path` if it is a regular file (a pipe would block, a device has no length).
+pub(super) fn open_regular(path: &Path) -> Result<File> {
+    let not_found = |e: &std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+    let metadata = std::fs::metadata(path).map_err(|e| -> bitnet_contracts::InferenceError {
+        if not_found(&e) {
+            ModelError::FileNotFound { path: path.display().to_string() }.into()
+        } else {
+            loading_failed(path, &e)
+        }
+    })?;
+    if !metadata.is_file() {
+        return Err(loading_failed(path, &"not a regular file"));
+    }
+    File::open(path).map_err(|e| loading_failed(path, &e))
+}
+
+pub(super) fn loading_failed(path: &Path, reason: &dyn std::fmt::Display) -> bitnet_contracts::InferenceError {
+    ModelError::LoadingFailed { path: path.display().to_string(), reason: reason.to_string() }.into()
+}
