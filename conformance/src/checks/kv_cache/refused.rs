@@ -114,11 +114,13 @@ pub(super) fn foreign_cache(ctx: &mut Context<'_>) -> CheckResult {
     ctx.expect_error("a cache of another model", result, is_cache_error, "ForwardPassError::KVCacheError");
     check_len(ctx, "after the other model refused it", &cache, 4);
 
-    // The same shapes do not make it the same model.
+    // The same shapes do not make it the same model, nor does the same configuration, byte for byte: a model and what it was
+    // tuned to have one.
     let mut like = Model::read(ctx.model().dir())?;
     like.tensor("model.layers.0.self_attn.k_proj.weight_scale")?.fill(3.0)?;
     let dir = ctx.scratch().join("same-shape");
     like.write(&dir)?;
+    std::fs::copy(ctx.model().dir().join("config.json"), dir.join("config.json"))?;
     let mut like = ctx.factory().create(&ctx.model().relocated(&dir))?;
     let result = try_forward(like.as_mut(), &[tokens[4..].to_vec()], Some(&mut cache))?;
     ctx.expect_error("a cache of a model of the same shape", result, is_cache_error, "ForwardPassError::KVCacheError");

@@ -1,10 +1,12 @@
 //! Faults of a cache by itself: what it holds, for how long, how much fits and whose it is.
 
 use super::super::Fault;
-use super::super::naive::{At, Deviation, Naive, NaiveCache, Sequence, Weights};
+use super::super::naive::{At, Deviation, Honest, Naive, NaiveCache, Sequence, Weights};
+use crate::model::ModelFixture;
 use bitnet_contracts::{
     CacheOwner, ForwardPassError, InferenceError, InferenceOutput, KVCache, Result, Tensor, TokenizationError,
 };
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -107,6 +109,13 @@ pub(super) const FAULTS: &[Fault] = &[
         "vllm #7845; T7",
         "kv_cache/foreign_cache",
         || Arc::new(Owner(|w| (w.layers.len() * w.facts.hidden_size * w.facts.vocab_size) as u64)),
+    ),
+    Fault::new(
+        "cache-owned-by-configuration",
+        "models are told apart by the bytes of their config.json",
+        "KV-7; T7",
+        "kv_cache/foreign_cache",
+        || Arc::new(OwnedByConfiguration::default()),
     ),
     Fault::new(
         "cache-owner-number-reused",
@@ -333,6 +342,23 @@ struct Owner(fn(&Weights) -> u64);
 impl Deviation for Owner {
     fn owner(&self, owner: CacheOwner, weights: &Weights) -> CacheOwner {
         CacheOwner { model: (self.0)(weights), ..owner }
+    }
+}
+
+/// The owner's number: a hash of the folder's `config.json`.
+#[derive(Default)]
+struct OwnedByConfiguration(AtomicU64);
+
+impl Deviation for OwnedByConfiguration {
+    fn load(&self, model: &ModelFixture) -> Result<Weights> {
+        let mut hasher = DefaultHasher::new();
+        std::fs::read(model.dir().join("config.json")).unwrap_or_default().hash(&mut hasher);
+        self.0.store(hasher.finish(), Ordering::SeqCst);
+        Honest.load(model)
+    }
+
+    fn owner(&self, owner: CacheOwner, _: &Weights) -> CacheOwner {
+        CacheOwner { model: self.0.load(Ordering::SeqCst), ..owner }
     }
 }
 
