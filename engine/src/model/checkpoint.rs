@@ -1,5 +1,6 @@
 //! A model on disk, whatever its format: one front for Hugging Face folders and GGUF files.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bitnet_contracts::Result;
@@ -188,6 +189,11 @@ impl Checkpoint {
 
     /// Lets the system drop the pages of a tensor that has been read.
     pub fn release(&self, name: &str) {
-        either!(self, release(name))
+        self.release_part(name, 0..usize::MAX);
+    }
+
+    /// Lets the system drop the pages of some bytes of a tensor.
+    pub(super) fn release_part(&self, name: &str, bytes: Range<usize>) {
+        either!(self, release_part(name, bytes))
     }
 }

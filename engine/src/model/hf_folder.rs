@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bitnet_contracts::{InferenceError, MemoryError, ModelError, Result};
@@ -192,10 +193,12 @@ impl HfCheckpoint {
         Ok(TernaryTensor { name: weight, rows, columns, scale, source: TernarySource::Packed(Box::new(packed)) })
     }
 
-    /// Lets the system drop the pages of a tensor that has been read.
-    pub(super) fn release(&self, name: &str) {
+    /// Lets the system drop the pages of some bytes of a tensor.
+    pub(super) fn release_part(&self, name: &str, bytes: Range<usize>) {
         if let Some(place) = self.tensors.get(name) {
-            self.files[place.file].release(place.offsets);
+            let (start, end) = place.offsets;
+            let at = |n: usize| start.saturating_add(n).min(end);
+            self.files[place.file].release((at(bytes.start), at(bytes.end)));
         }
     }
 

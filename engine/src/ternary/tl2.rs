@@ -16,7 +16,7 @@
 //! elsewhere. The scale is a tensor of its own. BM and BK are not in the file: see
 //! [`super::tl_kernel`].
 
-use bitnet_contracts::Result;
+use bitnet_contracts::{InferenceError, Result};
 
 use super::check::{expect_bytes, expect_trits, invalid_code, mismatch};
 use super::{PackedRows, TlKernel};
@@ -27,17 +27,23 @@ const ROWS: usize = 32;
 const PAIR_TILE: usize = 32;
 /// Columns that the size reserved for a tensor assumes to be pairs.
 const ASSUMED_PAIRS: usize = 256;
-/// In the code of an error: the sign bit was set.
-const SIGN: u8 = 0x10;
+/// In an index of [`TRIPLES`] and in the code of an error: the sign bit is set.
+const SIGN: usize = 0x10;
+/// Stands where there are no trits.
+const NO_TRIT: i8 = 2;
 
-/// Trits of the magnitudes 0 to 13.
-const TRIPLES: [[i8; 3]; 14] = {
-    let mut triples = [[0; 3]; 14];
+/// Trits by magnitude and [`SIGN`].
+static TRIPLES: [[i8; 3]; 32] = {
+    let mut triples = [[NO_TRIT; 3]; 32];
     let mut code = 0;
     while code < 14 {
         // Digits of code + 13 in base 3 are those of the balanced form plus one.
         let n = code + 13;
-        triples[code] = [(n / 9) as i8 - 1, (n / 3 % 3) as i8 - 1, (n % 3) as i8 - 1];
+        let [a, b, c] = [(n / 9) as i8 - 1, (n / 3 % 3) as i8 - 1, (n % 3) as i8 - 1];
+        triples[code] = [a, b, c];
+        if code > 0 {
+            triples[code | SIGN] = [-a, -b, -c];
+        }
         code += 1;
     }
     triples
@@ -140,30 +146,39 @@ impl<'a> Tl2<'a> {
     }
 }
 
+impl Tl2<'_> {
+    /// The error for a row with [`NO_TRIT`]s: the first of them, its nibble and sign bit.
+    fn refuse(&self, name: &str, row: usize, triples: &[i8]) -> InferenceError {
+        let column = triples.iter().position(|&t| t == NO_TRIT).unwrap_or(0);
+        let (six, half) = (column / 6, column / 3 % 2);
+        let place = places(row, self.triples, self.kernel.bk, 6, self.kernel.bm).nth(six).unwrap_or(0);
+        let word = sign_places(row, self.triples, self.kernel).nth(column / 24).unwrap_or(0);
+        let signs = u16::from_le_bytes([self.signs[2 * word], self.signs[2 * word + 1]]);
+        let negative = signs >> sign_bit(row, column % 24 / 3) & 1 == 1;
+        let code = self.nibbles[place] >> (4 * (1 - half)) & 15;
+        invalid_code(name, row * self.columns + column, code | if negative { SIGN as u8 } else { 0 })
+    }
+}
+
 impl PackedRows for Tl2<'_> {
     fn row(&self, name: &str, row: usize, out: &mut [i8]) -> Result<()> {
         let (triples, pairs) = out.split_at_mut(self.triples);
         let mut nibbles = places(row, self.triples, self.kernel.bk, 6, self.kernel.bm);
         let words = sign_places(row, self.triples, self.kernel);
-        for (i, (out, word)) in triples.as_chunks_mut::<24>().0.iter_mut().zip(words).enumerate() {
+        let mut valid = true;
+        for (out, word) in triples.as_chunks_mut::<24>().0.iter_mut().zip(words) {
             let signs = u16::from_le_bytes([self.signs[2 * word], self.signs[2 * word + 1]]);
             for ((j, out), place) in out.as_chunks_mut::<6>().0.iter_mut().enumerate().zip(&mut nibbles) {
-                let byte = self.nibbles[place];
-                for (half, code) in [byte >> 4, byte & 15].into_iter().enumerate() {
-                    let negative = signs >> sign_bit(row, 2 * j + half) & 1 == 1;
-                    let triple = match TRIPLES.get(usize::from(code)) {
-                        Some(_) if negative && code == 0 => None,
-                        other => other,
-                    };
-                    let Some(triple) = triple else {
-                        let position = row * self.columns + 24 * i + 6 * j + 3 * half;
-                        return Err(invalid_code(name, position, code | if negative { SIGN } else { 0 }));
-                    };
-                    for (o, &t) in out[3 * half..].iter_mut().zip(triple) {
-                        *o = if negative { -t } else { t };
-                    }
-                }
+                let byte = usize::from(self.nibbles[place]);
+                let sign = |half: usize| usize::from(signs >> sign_bit(row, 2 * j + half) & 1) * SIGN;
+                let (first, second) = (TRIPLES[byte >> 4 | sign(0)], TRIPLES[byte & 15 | sign(1)]);
+                valid &= first[0] != NO_TRIT && second[0] != NO_TRIT;
+                out[..3].copy_from_slice(&first);
+                out[3..].copy_from_slice(&second);
             }
+        }
+        if !valid {
+            return Err(self.refuse(name, row, triples));
         }
         let places = places(row, pairs.len(), PAIR_TILE, 4, self.kernel.bm);
         for (i, (out, place)) in pairs.as_chunks_mut::<4>().0.iter_mut().zip(places).enumerate() {

@@ -71,6 +71,16 @@ pub fn dequantize(ty: TensorType, bytes: &[u8], out: &mut Vec<f32>) {
     }
 }
 
+/// Whether all values of an F16 or F32 matrix are values of bf16, too.
+pub(super) fn is_bf16(ty: TensorType, bytes: &[u8]) -> bool {
+    let exact = |x: f32| x.to_bits() & 0xffff == 0;
+    match ty {
+        TensorType::F16 => bytes.as_chunks::<2>().0.iter().all(|&b| exact(f16::from_le_bytes(b).to_f32())),
+        TensorType::F32 => bytes.as_chunks::<4>().0.iter().all(|&b| exact(f32::from_le_bytes(b))),
+        _ => false,
+    }
+}
+
 /// Appends `values`, whole blocks of them, in `ty`. False, and nothing appended, for types that are not written and for values that the
 /// type cannot hold.
 #[must_use]
@@ -156,9 +166,10 @@ pub(in crate::model) fn copy(
     // Whole blocks of either type: 256 values are.
     let piece = block * (256 / values) * 1024;
     let (mut floats, mut out) = (Vec::new(), Vec::new());
-    for bytes in bytes.chunks(piece) {
+    for (i, bytes) in bytes.chunks(piece).enumerate() {
         floats.clear();
         dequantize(stored, bytes, &mut floats);
+        checkpoint.release_part(name, i.saturating_sub(1) * piece..i * piece);
         if !floats.iter().all(|x| x.is_finite()) {
             return Err(refuse("holds NaN or infinity").into());
         }
@@ -172,7 +183,6 @@ pub(in crate::model) fn copy(
         }
         put(&out)?;
     }
-    checkpoint.release(name);
     Ok(())
 }
 

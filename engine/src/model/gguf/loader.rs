@@ -1,6 +1,7 @@
 //! A BitNet model in a GGUF file: its tensors under the names of a Hugging Face checkpoint.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use bitnet_contracts::{MemoryError, Result};
@@ -158,10 +159,18 @@ impl GgufModel {
                 reason: e.to_string(),
             }
         };
-        let values = if tensor.ty == TensorType::Bf16 {
+        // Embeddings that were bf16 once are bf16 again when that loses nothing: half the memory of f32, and half to read for the head.
+        let values = if tensor.ty == TensorType::Bf16 || floats::is_bf16(tensor.ty, bytes) {
+            let n = bytes.len() / block;
             let mut out: Vec<u16> = Vec::new();
-            out.try_reserve_exact(bytes.len() / 2).map_err(reserve(bytes.len() / 2, 2))?;
-            out.extend(bytes.as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b)));
+            out.try_reserve_exact(n).map_err(reserve(n, 2))?;
+            let mut pieces = Vec::new();
+            for (i, bytes) in bytes.chunks(piece).enumerate() {
+                pieces.clear();
+                floats::dequantize(tensor.ty, bytes, &mut pieces);
+                out.extend(pieces.iter().map(|x| (x.to_bits() >> 16) as u16));
+                self.file.release(tensor.start + i * piece, bytes.len());
+            }
             FloatValues::Bf16(out)
         } else {
             let n = bytes.len() / block * values;
@@ -272,10 +281,11 @@ impl GgufModel {
         ))
     }
 
-    /// Lets the system drop the pages of a tensor.
-    pub(in crate::model) fn release(&self, name: &str) {
+    /// Lets the system drop the pages of some bytes of a tensor.
+    pub(in crate::model) fn release_part(&self, name: &str, bytes: Range<usize>) {
         if let Ok((_, tensor)) = self.tensor(name) {
-            self.file.release(tensor.start, tensor.bytes);
+            let (from, to) = (bytes.start.min(tensor.bytes), bytes.end.min(tensor.bytes));
+            self.file.release(tensor.start + from, to.saturating_sub(from));
         }
     }
 }

@@ -49,6 +49,10 @@ const USER_DEFINED: i64 = 4;
 /// not known: one that merely looks right gives other ids now and then.
 pub(super) fn read(file: &GgufFile, vocab_size: usize) -> Result<Option<Vec<u8>>> {
     let Some(model) = file.text("tokenizer.ggml.model")? else { return Ok(None) };
+    // How llama.cpp says that there is none.
+    if matches!(model.as_str(), "none" | "no_vocab") {
+        return Ok(None);
+    }
     if model != "gpt2" {
         log::warn!(
             "{}: tokenizer.ggml.model is {model:?}; only byte-level BPE (\"gpt2\") is read, so there is no tokenizer",
