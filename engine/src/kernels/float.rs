@@ -306,6 +306,28 @@ mod tests {
         relu2_gate(&[f32::NAN, -3.0, 3.0], &mut up);
         assert!(up[0].is_nan());
         assert_eq!(up[1..], [0.0, 18.0]);
+        let mut up = [1.0; 3];
+        silu_gate(&[f32::NAN, f32::NEG_INFINITY, f32::INFINITY], &mut up);
+        assert!(up.iter().all(|u| !u.is_finite()), "what is not finite shows");
+    }
+
+    #[test]
+    fn silu_is_right_and_the_same_bits_on_every_instruction_set() {
+        use crate::kernels::{Isa, Kernels};
+        let gate: Vec<f32> = (-9_000..9_001).map(|i| i as f32 * 0.01).collect();
+        let mut reference = vec![2.0; gate.len()];
+        silu_gate(&gate, &mut reference);
+        for (&g, &u) in gate.iter().zip(&reference) {
+            let x = f64::from(g);
+            let truth = 2.0 * x / (1.0 + (-x).exp());
+            // Below -87 the exponential is a zero.
+            assert!((f64::from(u) - truth).abs() <= 5e-7 * truth.abs() + 1e-35, "{g}: {u} {truth}");
+        }
+        for isa in Isa::available() {
+            let mut up = vec![2.0; gate.len()];
+            Kernels::of(isa).unwrap().silu_gate(&gate, &mut up);
+            assert!(up.iter().map(|u| u.to_bits()).eq(reference.iter().map(|u| u.to_bits())), "{isa}");
+        }
     }
 
     proptest! {

@@ -460,6 +460,26 @@ fn a_kernel_config_beside_the_file_is_read() {
     assert!(q(&open()).unwrap() == q(&tiny).unwrap());
 }
 
+/// llama.cpp multiplies a product by `blk.N.part.scale` where the file has it.
+#[test]
+fn scale_tensors_multiply() {
+    let with = |value: f32| {
+        let mut raw = Raw::model();
+        let mut scale = raw.tensors[1].clone();
+        (scale.name, scale.dimensions, scale.data) =
+            (b"blk.0.attn_q.scale".to_vec(), vec![1], value.to_le_bytes().to_vec());
+        raw.tensors.push(scale);
+        let checkpoint = raw.read()?;
+        let q = checkpoint.ternary("model.layers.0.self_attn.q_proj", 64, 64)?;
+        Ok::<_, InferenceError>(q.scale())
+    };
+    assert_eq!(with(3.0).unwrap(), 1.5);
+    for bad in [0.0, -1.0, f32::MIN_POSITIVE / 2.0, f32::MAX] {
+        // The last is a scale that is fine by itself and whose product with 0.5 is, too.
+        assert_eq!(with(bad).is_ok(), bad == f32::MAX, "{bad}");
+    }
+}
+
 #[test]
 fn another_alignment_is_followed() {
     let mut raw = Raw::model();

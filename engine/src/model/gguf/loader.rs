@@ -151,8 +151,9 @@ impl GgufModel {
         };
         let bytes = self.file.data(tensor)?;
         let columns = shape.last().copied().unwrap_or(1);
-        // A multiple of every block, so that pages can be let go piece by piece.
-        let piece = block * (1 << 16);
+        // Whole blocks. Large, since every fault maps some pages around it again.
+        const PIECE: usize = 2 << 20;
+        let piece = PIECE / block * block;
         let reserve = |n: usize, size: usize| {
             move |e: std::collections::TryReserveError| MemoryError::AllocationFailed {
                 size_bytes: n * size,
