@@ -21,6 +21,7 @@ pub mod invariance;
 mod last_words;
 pub mod measure;
 pub mod model;
+mod processor;
 pub mod report;
 pub mod repro;
 pub mod run;

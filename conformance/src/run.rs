@@ -3,6 +3,7 @@
 use crate::case::DEFAULT_DEADLINE;
 use crate::expectations::Expectations;
 use crate::model::{Model, ModelError, ModelFixture, PromptShape};
+use crate::processor::{Waits, longest_wait, time_used, waits};
 use crate::repro::Schedule;
 use crate::suite::Case;
 use crate::verdict::{CaseResult, Outcome, Verdict};
@@ -231,7 +232,7 @@ impl Runner {
             schedule,
         };
         let deadline = job.deadline;
-        let before = processor_time(worker.child.id());
+        let before = Usage::of(&worker);
         let worker_tmp = worker.tmp.clone();
         let mut outcome = match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {
@@ -241,7 +242,7 @@ impl Runner {
                 answer.outcome
             }
             Ok(answer) => worker.bury(format!("the worker answered request {} with {}", serial, answer.serial)),
-            Err(Silence::Deadline) => worker.stop_at_deadline(deadline, before),
+            Err(Silence::Deadline) => worker.stop_at_deadline(deadline, &before),
             Err(Silence::Closed) => worker.post_mortem(),
             Err(Silence::Garbled(what)) => worker.bury(what),
         };
@@ -310,6 +311,19 @@ enum Silence {
     Garbled(String),
 }
 
+/// What a worker has had of the processors so far.
+struct Usage {
+    time: Option<f64>,
+    waits: Waits,
+}
+
+impl Usage {
+    fn of(worker: &Worker) -> Self {
+        let pid = worker.child.id();
+        Self { time: time_used(pid), waits: waits(&pid.to_string()) }
+    }
+}
+
 struct Worker {
     child: Child,
     channel: UnixStream,
@@ -350,15 +364,25 @@ impl Worker {
         }
     }
 
-    /// `before` is the processor time that the worker had used when it was asked: one that waits for a lock uses none, and
-    /// one on a busy machine less than it was there. That is said with its last output, for no two runs repeat it.
-    fn stop_at_deadline(mut self, deadline: Duration, before: Option<f64>) -> Outcome {
-        let used = processor_time(self.child.id()).zip(before).map(|(now, before)| now - before);
+    /// One that waits for a lock uses no processor; one that would compute and is not let, for most of its time, has not been
+    /// tried. What the processor did is said with the last output, for no two runs repeat it.
+    fn stop_at_deadline(mut self, deadline: Duration, before: &Usage) -> Outcome {
+        let after = Usage::of(&self);
         self.kill();
         let seconds = deadline.as_secs_f64();
-        let mut outcome =
-            Outcome::bare(Verdict::Timeout, format!("no answer within {seconds:.1} s; the worker was killed"));
-        let used = used.map(|used| format!("the worker computed for {used:.1} s of {seconds:.1} s"));
+        let withheld = longest_wait(&before.waits, &after.waits) / 1e3;
+        let mut outcome = if withheld > seconds / 2.0 {
+            let reason = format!("no answer within {seconds:.1} s, for most of which there was no processor for it");
+            Outcome::bare(Verdict::Inconclusive, reason)
+        } else {
+            Outcome::bare(Verdict::Timeout, format!("no answer within {seconds:.1} s; the worker was killed"))
+        };
+        let used = after.time.zip(before.time).map(|(after, before)| after - before);
+        let used = used.map(|used| {
+            format!(
+                "the worker computed for {used:.1} s of {seconds:.1} s, and waited for a processor for {withheld:.1} s"
+            )
+        });
         let said: Vec<String> = self.tail.text().into_iter().chain(used).collect();
         outcome.output_tail = (!said.is_empty()).then(|| said.join("\n"));
         outcome
@@ -397,16 +421,6 @@ impl Drop for Worker {
         self.kill();
         let _ = std::fs::remove_dir_all(&self.tmp);
     }
-}
-
-/// Seconds of processor time that all threads of a process have used, where `/proc` tells.
-fn processor_time(pid: u32) -> Option<f64> {
-    /// Linux counts them in hundredths of a second for every program, whatever it does itself (`USER_HZ`).
-    const TICKS: f64 = 100.0;
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name of the executable stands in brackets and may hold anything; 11 fields behind it come the two times.
-    let mut times = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map(str::parse::<f64>);
-    Some((times.next()?.ok()? + times.next()?.ok()?) / TICKS)
 }
 
 /// How a process ended, in words.

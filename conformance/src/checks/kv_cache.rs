@@ -6,10 +6,12 @@ use super::support::{
     EDIT_MODEL, Logits, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, length, logits_of, prompt, same_logits,
     try_forward,
 };
+use super::truth::{NARROW, Subject, synthetic};
 use crate::backend::Capability;
 use crate::case::{Category, Check, CheckResult, Context, ModelSet};
 use crate::invariance::Axis;
 use bitnet_contracts::{BitNetInference, DType, ForwardPassError, InferenceError, KVCache};
+use fixtures::Spec;
 use refused::{errors_change_nothing, failed_pass_changes_nothing, foreign_cache, other_batch};
 
 const KV: Category = Category::KvCache;
@@ -297,6 +299,42 @@ fn overflow(ctx: &mut Context<'_>) -> CheckResult {
     }
     let result = try_forward(engine.as_mut(), &[tokens[..1].to_vec()], Some(&mut KVCache::new(0)))?;
     ctx.expect_error("one token into a cache for none", result, is_cache_error, "ForwardPassError::KVCacheError");
+    long_overflow(ctx)
+}
+
+/// The same with so many tokens that an engine may work them off in pieces, of which the first ones fit.
+fn long_overflow(ctx: &mut Context<'_>) -> CheckResult {
+    const POSITIONS: usize = 320;
+    let subject = Subject::write(ctx, "roomy", &synthetic(ctx, "roomy", &Spec { context: POSITIONS, ..NARROW })?)?;
+    let mut engine = subject.engine(ctx)?;
+    let tokens = prompt(subject.facts(), POSITIONS + 9, 57);
+    let whole = logits_of(engine.as_mut(), &tokens[..POSITIONS])?;
+    // The last cache has room for more than the context.
+    for capacity in [20, 70, 262, POSITIONS + 80] {
+        let most = capacity.min(POSITIONS);
+        for filled in [0, 5] {
+            let mut cache = KVCache::new(capacity);
+            chunked(engine.as_mut(), &tokens, &vec![filled; filled.min(1)], &mut cache)?;
+            let result = try_forward(engine.as_mut(), &[tokens[filled..most + 9].to_vec()], Some(&mut cache))?;
+            let what = format!("{} tokens behind {filled} where {most} fit", most + 9 - filled);
+            let refused = |e: &InferenceError| {
+                matches!(e, InferenceError::ForwardPass(ForwardPassError::InvalidInput { .. })) && most < capacity
+                    || is_cache_error(e)
+            };
+            ctx.expect_error(&what, result, refused, "ForwardPassError::KVCacheError");
+            check_len(ctx, &format!("after refusing {what}"), &cache, filled);
+            let rest = forward(engine.as_mut(), &[tokens[filled..most].to_vec()], Some(&mut cache))?;
+            let what = format!("logits of what does fit, after refusing {what}");
+            same_logits(ctx, Axis::Chunking, what, &rest.data, &whole.data[filled * whole.vocab..most * whole.vocab]);
+        }
+    }
+    if ctx.capabilities().batch {
+        let mut cache = KVCache::new(POSITIONS / 2);
+        let rows = vec![tokens[..POSITIONS / 2 + 9].to_vec(); 2];
+        let result = try_forward(engine.as_mut(), &rows, Some(&mut cache))?;
+        ctx.expect_error("two rows that do not fit", result, is_cache_error, "ForwardPassError::KVCacheError");
+        check_len(ctx, "after refusing two rows", &cache, 0);
+    }
     Ok(())
 }
 

@@ -19,7 +19,7 @@ pub(super) const fn check(
     clause: &'static str,
     run: fn(&mut Context<'_>) -> CheckResult,
 ) -> Check {
-    Check::new(id, name, SAMPLING, clause, run).on(ModelSet::Only(TABLE_MODEL)).within(120)
+    Check::new(id, name, SAMPLING, clause, run).on(ModelSet::Only(TABLE_MODEL)).within(300)
 }
 
 pub(super) const CHECKS: &[Check] = &[

@@ -3,7 +3,7 @@
 
 use super::decide::{Sample, percentile};
 use crate::case::Context;
-use std::collections::BTreeMap;
+use crate::processor::{Waits, longest_wait, waits};
 use std::time::{Duration, Instant};
 
 /// Milliseconds, exactly.
@@ -28,11 +28,11 @@ impl Stopwatch {
     /// Times `work`, in milliseconds for each of its `units`, beside a fixed piece of work.
     pub(super) fn time<T>(&mut self, units: usize, work: impl FnOnce() -> T) -> (T, Sample) {
         self.spins.push(spin());
-        let before = if self.watching { waits() } else { BTreeMap::new() };
+        let before = if self.watching { waits("self") } else { Waits::new() };
         let clock = Instant::now();
         let made = work();
         let wall = millis(clock.elapsed());
-        let withheld = if self.watching { longest_wait(&before, &waits()) } else { 0.0 };
+        let withheld = if self.watching { longest_wait(&before, &waits("self")) } else { 0.0 };
         let units = units.max(1) as f64;
         let sample = Sample { wall: wall / units, own: (wall - withheld).max(0.0) / units };
         self.watching |= sample.wall > self.limit;
@@ -60,24 +60,6 @@ fn spin() -> f64 {
     millis(clock.elapsed())
 }
 
-/// Milliseconds that each thread of this process has waited for a processor so far; nothing where Linux does not say.
-fn waits() -> BTreeMap<std::ffi::OsString, f64> {
-    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return BTreeMap::new() };
-    tasks
-        .flatten()
-        .filter_map(|task| {
-            let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
-            let nanoseconds: f64 = text.split_whitespace().nth(1)?.parse().ok()?;
-            Some((task.file_name(), nanoseconds / 1e6))
-        })
-        .collect()
-}
-
-/// The longest that one thread waited between two readings.
-fn longest_wait(before: &BTreeMap<std::ffi::OsString, f64>, after: &BTreeMap<std::ffi::OsString, f64>) -> f64 {
-    after.iter().map(|(task, wait)| wait - before.get(task).unwrap_or(&0.0)).fold(0.0, f64::max)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -90,22 +72,5 @@ mod tests {
         let mut watch = Stopwatch::new(10.0);
         let ((), sample) = watch.time(2, || std::thread::sleep(Duration::from_millis(30)));
         assert!(watch.watching && sample.wall >= 15.0 && sample.own == sample.wall, "{sample:?}");
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn sleep_is_not_taken_for_a_want_of_processors() {
-        let me = std::fs::read_link("/proc/thread-self").expect("a link").file_name().expect("a number").to_owned();
-        let before = waits().get(&me).copied();
-        std::thread::sleep(Duration::from_millis(200));
-        let waited = waits().get(&me).copied().zip(before).map(|(after, before)| after - before);
-        assert!(waited.is_none_or(|waited| waited < 150.0), "{waited:?}");
-    }
-
-    #[test]
-    fn the_longest_wait_counts() {
-        let reading = |a: f64, b: f64| BTreeMap::from([("1".into(), a), ("2".into(), b)]);
-        assert_eq!(longest_wait(&reading(1.0, 2.0), &reading(4.0, 2.5)), 3.0);
-        assert_eq!(longest_wait(&BTreeMap::new(), &BTreeMap::new()), 0.0);
     }
 }

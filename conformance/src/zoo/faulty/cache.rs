@@ -76,6 +76,13 @@ pub(super) const FAULTS: &[Fault] = &[
         || Arc::new(RollsOver),
     ),
     Fault::new(
+        "overflow-leaves-pieces",
+        "a long input is worked off in pieces of 16, and a full cache refuses the one that does not fit",
+        "KV-5; B5",
+        "kv_cache/overflow",
+        || Arc::new(OverflowLeavesPieces),
+    ),
+    Fault::new(
         "full-cache-hangs",
         "a call with a cache that is exactly full waits for room for ever",
         "llama.cpp #3969, #2754",
@@ -287,6 +294,22 @@ impl Deviation for RollsOver {
         let (_, seq) = shape(ids);
         if let Some(cache) = cache.as_deref_mut().filter(|c| !c.is_empty() && seq <= c.capacity()) {
             cache.truncate(cache.capacity() - seq);
+        }
+        engine.honest_forward(ids, cache)
+    }
+}
+
+/// Room is looked for piece by piece.
+struct OverflowLeavesPieces;
+
+impl Deviation for OverflowLeavesPieces {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, mut cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        const PIECE: usize = 16;
+        let (_, seq) = shape(ids);
+        if let Some(cache) = cache.as_deref_mut().filter(|c| seq > c.remaining()) {
+            for piece in 0..cache.remaining() / PIECE {
+                engine.honest_forward(&ids.narrow(1, piece * PIECE, PIECE)?, Some(cache))?;
+            }
         }
         engine.honest_forward(ids, cache)
     }
