@@ -52,7 +52,8 @@ pub(super) const CHECKS: &[Check] = &[
         CONCURRENCY,
         "a caller that panics does not stop the others",
         panicking_caller,
-    ),
+    )
+    .long(),
 ];
 
 const CALLERS: usize = 4;

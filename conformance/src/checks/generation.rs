@@ -72,6 +72,7 @@ pub(super) const CHECKS: &[Check] = &[
         "greedy takes the argmax of forward's logits at every step",
         greedy_is_argmax,
     )
+    .long()
     .on(ModelSet::Every),
     Check::new("GEN-9", "generation/clean_state", GENERATION, "each call starts from a clean state", clean_state),
     Check::new(

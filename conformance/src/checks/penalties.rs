@@ -26,7 +26,8 @@ pub(super) const CHECKS: &[Check] = &[
         "sampling/frequency_and_presence",
         "frequency_penalty counts occurrences, presence_penalty does not",
         frequency_and_presence,
-    ),
+    )
+    .long(),
 ];
 
 /// A small model with a context of 128.
