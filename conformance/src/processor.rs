@@ -3,8 +3,44 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 
+/// What a process has had of the processors at some time.
+pub(crate) struct Usage {
+    time: Option<f64>,
+    waits: Waits,
+}
+
+impl Usage {
+    /// Of the process with this number, so far.
+    pub(crate) fn of(pid: u32) -> Self {
+        Self { time: time_used(pid), waits: waits(&pid.to_string()) }
+    }
+
+    /// What it had since an earlier time: `None` where nothing is said.
+    pub(crate) fn since(&self, before: &Self) -> Option<Share> {
+        let computed = self.time.zip(before.time).map(|(now, before)| now - before)?;
+        Some(Share { computed, withheld: longest_wait(&before.waits, &self.waits) / 1e3 })
+    }
+}
+
+/// What a process had of the processors over some time.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Share {
+    /// Seconds for which its threads computed, all together.
+    pub computed: f64,
+    /// Seconds for which the thread that waited longest would have computed, and was not let.
+    pub withheld: f64,
+}
+
+impl Share {
+    /// Whether others kept a process from computing for most of `seconds`. One that waits for a lock has nothing withheld, and
+    /// one whose threads are in each other's way computes all the same.
+    pub(crate) fn is_starved(self, seconds: f64) -> bool {
+        self.withheld > seconds / 2.0 && self.computed < seconds / 2.0
+    }
+}
+
 /// Seconds of processor time that all threads of a process have used.
-pub(crate) fn time_used(pid: u32) -> Option<f64> {
+fn time_used(pid: u32) -> Option<f64> {
     /// They are counted in hundredths of a second for every program, whatever the system does itself (`USER_HZ`).
     const TICKS: f64 = 100.0;
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -47,6 +83,31 @@ mod tests {
         std::thread::sleep(Duration::from_millis(200));
         let waited = waits("self").get(&me).copied().zip(before).map(|(after, before)| after - before);
         assert!(waited.is_none_or(|waited| waited < 150.0), "{waited:?}");
+    }
+
+    #[test]
+    fn starved_is_who_would_compute_and_is_not_let() {
+        let share = |computed, withheld| Share { computed, withheld };
+        assert!(share(11.8, 100.0).is_starved(120.0), "kept from computing");
+        assert!(!share(0.0, 0.1).is_starved(120.0), "waits for a lock");
+        assert!(!share(119.0, 0.5).is_starved(120.0), "computes for ever");
+        assert!(!share(230.0, 70.0).is_starved(120.0), "four threads spin on two processors");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_a_process_computes_is_seen() {
+        let before = Usage::of(std::process::id());
+        let clock = std::time::Instant::now();
+        // Three hundredths of a second at least, however the clock is read.
+        while clock.elapsed() < Duration::from_secs(20) {
+            std::hint::black_box((0..1_000_000u64).fold(1u64, |a, b| a.wrapping_mul(b | 1)));
+            let share = Usage::of(std::process::id()).since(&before).expect("Linux says");
+            if share.computed >= 0.03 {
+                return;
+            }
+        }
+        panic!("nothing seen in 20 seconds");
     }
 
     #[test]

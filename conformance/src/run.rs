@@ -3,7 +3,7 @@
 use crate::case::DEFAULT_DEADLINE;
 use crate::expectations::Expectations;
 use crate::model::{Model, ModelError, ModelFixture, PromptShape};
-use crate::processor::{Waits, longest_wait, time_used, waits};
+use crate::processor::Usage;
 use crate::repro::Schedule;
 use crate::suite::Case;
 use crate::verdict::{CaseResult, Outcome, Verdict};
@@ -232,7 +232,7 @@ impl Runner {
             schedule,
         };
         let deadline = job.deadline;
-        let before = Usage::of(&worker);
+        let before = Usage::of(worker.child.id());
         let worker_tmp = worker.tmp.clone();
         let mut outcome = match worker.ask(&request, deadline) {
             Ok(answer) if answer.serial == serial => {
@@ -311,19 +311,6 @@ enum Silence {
     Garbled(String),
 }
 
-/// What a worker has had of the processors so far.
-struct Usage {
-    time: Option<f64>,
-    waits: Waits,
-}
-
-impl Usage {
-    fn of(worker: &Worker) -> Self {
-        let pid = worker.child.id();
-        Self { time: time_used(pid), waits: waits(&pid.to_string()) }
-    }
-}
-
 struct Worker {
     child: Child,
     channel: UnixStream,
@@ -364,26 +351,25 @@ impl Worker {
         }
     }
 
-    /// One that waits for a lock uses no processor; one that would compute and is not let, for most of its time, has not been
-    /// tried. What the processor did is said with the last output, for no two runs repeat it.
+    /// One that was kept from computing has not been tried. What the processors did is said with the last output, for no two
+    /// runs repeat it.
     fn stop_at_deadline(mut self, deadline: Duration, before: &Usage) -> Outcome {
-        let after = Usage::of(&self);
+        let share = Usage::of(self.child.id()).since(before);
         self.kill();
         let seconds = deadline.as_secs_f64();
-        let withheld = longest_wait(&before.waits, &after.waits) / 1e3;
-        let mut outcome = if withheld > seconds / 2.0 {
+        let mut outcome = if share.is_some_and(|share| share.is_starved(seconds)) {
             let reason = format!("no answer within {seconds:.1} s, for most of which there was no processor for it");
             Outcome::bare(Verdict::Inconclusive, reason)
         } else {
             Outcome::bare(Verdict::Timeout, format!("no answer within {seconds:.1} s; the worker was killed"))
         };
-        let used = after.time.zip(before.time).map(|(after, before)| after - before);
-        let used = used.map(|used| {
+        let share = share.map(|share| {
             format!(
-                "the worker computed for {used:.1} s of {seconds:.1} s, and waited for a processor for {withheld:.1} s"
+                "the worker computed for {:.1} s of {seconds:.1} s, and waited for a processor for {:.1} s",
+                share.computed, share.withheld
             )
         });
-        let said: Vec<String> = self.tail.text().into_iter().chain(used).collect();
+        let said: Vec<String> = self.tail.text().into_iter().chain(share).collect();
         outcome.output_tail = (!said.is_empty()).then(|| said.join("\n"));
         outcome
     }

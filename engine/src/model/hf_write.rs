@@ -145,7 +145,9 @@ fn write_weights(checkpoint: &Checkpoint, path: &Path, progress: &mut dyn FnMut(
             }
             Part::Floats { name, rows, columns } => {
                 let ty = float_type(checkpoint, name)?;
-                let bytes = ty.bytes(*rows, *columns).unwrap_or(usize::MAX);
+                let bytes = ty
+                    .bytes(*rows, *columns)
+                    .ok_or_else(|| loading_failed(path, &format_args!("{name} of {rows} x {columns} is too large")))?;
                 declared.push(Declared { name: name.clone(), dtype: ty.name(), shape: vec![*rows, *columns], bytes });
             }
             Part::Ternary { name, rows, columns } => {

@@ -51,13 +51,16 @@ impl MappedFile {
         }
     }
 
-    /// Tells the system that the pages of `range` are not needed any more, so that loading does not hold a model twice.
+    /// Tells the system that the pages of `range` are not needed any more, so that loading does not hold a model twice. What of the
+    /// range is beyond the file is left out.
     pub(super) fn release(&self, range: Range<usize>) {
         #[cfg(unix)]
         if let Bytes::Mapped(map) = &self.bytes {
-            // SAFETY: the map is file-backed and read-only: dropped pages are read again from the file when touched. A failure
-            // only means that the pages stay.
-            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len()) };
+            let end = range.end.min(map.len());
+            let start = range.start.min(end);
+            // SAFETY: `start..end` is within the map, so that no other memory is advised on. The map is file-backed and read-only:
+            // dropped pages are read again from the file when touched. A failure only means that the pages stay.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start) };
         }
         #[cfg(not(unix))]
         let _ = range;

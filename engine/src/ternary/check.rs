@@ -1,4 +1,4 @@
-//! Checks that the formats share, and the one inner loop of those with two bits a trit.
+//! Checks that the formats share, and the inner loops of those with two bits a trit.
 
 use bitnet_contracts::{InferenceError, QuantizationError, Result};
 use half::f16;
@@ -116,6 +116,13 @@ pub(super) fn unpack_two_bits(bytes: &[u8], shift: usize, out: &mut [i8]) -> u8 
         *o = code as i8 - 1;
     }
     invalid
+}
+
+/// A block of trits, two bits each: byte `j` holds those at `j` in each quarter of the block, that of quarter `k` at bit `shift(k)`.
+pub(super) fn pack_two_bits(block: &[i8], shift: impl Fn(usize) -> usize, out: &mut Vec<u8>) {
+    let quarter = block.len() / 4;
+    let code = |j: usize, k: usize| ((block[k * quarter + j] + 1) as u8) << shift(k);
+    out.extend((0..quarter).map(|j| (0..4).fold(0u8, |byte, k| byte | code(j, k))));
 }
 
 /// The error for a row that [`unpack_two_bits`] found a code 3 in.

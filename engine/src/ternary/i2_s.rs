@@ -16,7 +16,8 @@ use bitnet_contracts::Result;
 
 use super::PackedRows;
 use super::check::{
-    expect_bytes, expect_columns, expect_trits, mismatch, refuse_code_three, unpack_two_bits, usable_scale,
+    expect_bytes, expect_columns, expect_trits, mismatch, pack_two_bits, refuse_code_three, unpack_two_bits,
+    usable_scale,
 };
 
 /// Bytes behind the codes.
@@ -127,10 +128,9 @@ pub fn pack(name: &str, trits: &[i8], rows: usize, columns: usize, scale: f32, l
     expect_trits(name, trits, rows, columns)?;
     expect_columns(name, columns, layout.block())?;
     let scale = usable_scale(name, scale)?;
-    let quarter = layout.block() / 4;
     let mut out = Vec::with_capacity(trits.len() / 4 + TAIL);
-    for block in trits.chunks_exact(4 * quarter) {
-        out.extend((0..quarter).map(|j| (0..4).fold(0u8, |byte, k| byte << 2 | (block[k * quarter + j] + 1) as u8)));
+    for block in trits.chunks_exact(layout.block()) {
+        pack_two_bits(block, |k| 6 - 2 * k, &mut out);
     }
     out.extend(scale.to_le_bytes());
     out.extend([0; TAIL - 4]);

@@ -11,7 +11,8 @@ use bitnet_contracts::Result;
 
 use super::PackedRows;
 use super::check::{
-    expect_bytes, expect_columns, expect_trits, one_scale, refuse_code_three, unpack_two_bits, usable_scale,
+    expect_bytes, expect_columns, expect_trits, one_scale, pack_two_bits, refuse_code_three, unpack_two_bits,
+    usable_scale,
 };
 
 /// Columns of a block.
@@ -84,7 +85,7 @@ pub fn pack(name: &str, trits: &[i8], rows: usize, columns: usize, scale: f32) -
     for row in trits.chunks_exact(columns) {
         out.extend(scale);
         for block in row.chunks_exact(BLOCK) {
-            out.extend((0..16).map(|j| (0..4).rev().fold(0u8, |byte, k| byte << 2 | (block[16 * k + j] + 1) as u8)));
+            pack_two_bits(block, |k| 2 * k, &mut out);
         }
     }
     Ok(out)

@@ -17,6 +17,7 @@
 use bitnet_contracts::Result;
 
 mod base3;
+mod blocks;
 mod check;
 pub mod hf_packed;
 pub mod i2_s;

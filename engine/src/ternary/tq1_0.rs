@@ -12,28 +12,25 @@ use bitnet_contracts::Result;
 
 use super::PackedRows;
 use super::base3::{NO_TRITS, TRITS, encode};
-use super::check::{expect_bytes, expect_columns, expect_trits, from_f16, invalid_code, one_scale, to_f16};
+use super::blocks::Blocks;
+use super::check::{expect_columns, expect_trits, invalid_code, to_f16};
 
 /// Columns of a block.
-pub const BLOCK: usize = 256;
+pub const BLOCK: usize = super::blocks::BLOCK;
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = 54;
 /// First byte, number of bytes, first column and trits a byte of each section. The bytes' own number is the step between the columns
 /// of one byte.
 const SECTIONS: [(usize, usize, usize, usize); 3] = [(0, 32, 0, 5), (32, 16, 160, 5), (48, 4, 240, 4)];
-const SCALE: usize = 52;
 
 /// Bytes of a matrix, None when there are too many to count.
 pub fn bytes(rows: usize, columns: usize) -> Option<usize> {
-    (rows.checked_mul(columns)? / BLOCK).checked_mul(BLOCK_BYTES)
+    super::blocks::bytes(rows, columns, BLOCK_BYTES)
 }
 
 /// A TQ1_0 matrix as it lies in the file.
 #[derive(Debug, Clone, Copy)]
-pub struct Tq1_0<'a> {
-    bytes: &'a [u8],
-    columns: usize,
-}
+pub struct Tq1_0<'a>(Blocks<'a, BLOCK_BYTES>);
 
 impl<'a> Tq1_0<'a> {
     /// A view of `bytes`.
@@ -41,27 +38,19 @@ impl<'a> Tq1_0<'a> {
     /// # Errors
     /// `QuantizationError::LayoutMismatch` for a byte count that does not fit, or columns that are no multiple of 256.
     pub fn new(name: &str, bytes: &'a [u8], rows: usize, columns: usize) -> Result<Self> {
-        expect_columns(name, columns, BLOCK)?;
-        expect_bytes(name, bytes, self::bytes(rows, columns), rows, columns)?;
-        Ok(Self { bytes, columns })
+        Blocks::new(name, bytes, rows, columns).map(Self)
     }
 
     /// The scale that all blocks share.
     ///
     /// # Errors
-    /// `QuantizationError::InvalidScale`, `::LayoutMismatch` when blocks have different scales, `::InvalidCode`.
+    /// `QuantizationError::InvalidScale`, and `::LayoutMismatch` when blocks have different scales.
     pub fn scale(&self, name: &str) -> Result<f32> {
-        one_scale(
-            name,
-            self.bytes.as_chunks::<BLOCK_BYTES>().0.iter().map(|block| match [block[SCALE], block[SCALE + 1]] {
-                [0, 0] => {
-                    let mut trits = [0; BLOCK];
-                    unpack_block(block, &mut trits);
-                    Ok((0.0, trits.iter().all(|&t| t == 0)))
-                }
-                stored => Ok((from_f16(name, stored)?, false)),
-            }),
-        )
+        self.0.scale(name, |block| {
+            let mut trits = [0; BLOCK];
+            unpack_block(block, &mut trits);
+            trits.iter().all(|&t| t == 0)
+        })
     }
 }
 
@@ -85,10 +74,8 @@ fn unpack_block(block: &[u8; BLOCK_BYTES], out: &mut [i8]) -> bool {
 
 impl PackedRows for Tq1_0<'_> {
     fn row(&self, name: &str, row: usize, out: &mut [i8]) -> Result<()> {
-        let blocks = self.columns / BLOCK;
-        let bytes = &self.bytes[row * blocks * BLOCK_BYTES..(row + 1) * blocks * BLOCK_BYTES];
-        for (b, (block, out)) in bytes.as_chunks::<BLOCK_BYTES>().0.iter().zip(out.chunks_exact_mut(BLOCK)).enumerate()
-        {
+        let columns = out.len();
+        for (b, (block, out)) in self.0.row(row).iter().zip(out.chunks_exact_mut(BLOCK)).enumerate() {
             if !unpack_block(block, out) {
                 let column = out.iter().position(|&t| t == NO_TRITS).unwrap_or(0);
                 let byte = SECTIONS
@@ -96,7 +83,7 @@ impl PackedRows for Tq1_0<'_> {
                     .rev()
                     .find(|section| column >= section.2)
                     .map_or(0, |&(first, count, start, _)| block[first + (column - start) % count]);
-                return Err(invalid_code(name, row * self.columns + b * BLOCK + column, byte));
+                return Err(invalid_code(name, row * columns + b * BLOCK + column, byte));
             }
         }
         Ok(())

@@ -12,12 +12,11 @@
 use bitnet_contracts::Result;
 
 use super::PackedRows;
-use super::check::{
-    expect_bytes, expect_columns, expect_trits, from_f16, one_scale, refuse_code_three, to_f16, unpack_two_bits,
-};
+use super::blocks::Blocks;
+use super::check::{expect_columns, expect_trits, pack_two_bits, refuse_code_three, to_f16, unpack_two_bits};
 
 /// Columns of a block.
-pub const BLOCK: usize = 256;
+pub const BLOCK: usize = super::blocks::BLOCK;
 /// Bytes of a block.
 pub const BLOCK_BYTES: usize = 66;
 const CODES: usize = BLOCK / 4;
@@ -26,15 +25,12 @@ const ZEROES: u8 = 0b01_01_01_01;
 
 /// Bytes of a matrix, None when there are too many to count.
 pub fn bytes(rows: usize, columns: usize) -> Option<usize> {
-    (rows.checked_mul(columns)? / BLOCK).checked_mul(BLOCK_BYTES)
+    super::blocks::bytes(rows, columns, BLOCK_BYTES)
 }
 
 /// A TQ2_0 matrix as it lies in the file.
 #[derive(Debug, Clone, Copy)]
-pub struct Tq2_0<'a> {
-    bytes: &'a [u8],
-    columns: usize,
-}
+pub struct Tq2_0<'a>(Blocks<'a, BLOCK_BYTES>);
 
 impl<'a> Tq2_0<'a> {
     /// A view of `bytes`.
@@ -42,9 +38,7 @@ impl<'a> Tq2_0<'a> {
     /// # Errors
     /// `QuantizationError::LayoutMismatch` for a byte count that does not fit, or columns that are no multiple of 256.
     pub fn new(name: &str, bytes: &'a [u8], rows: usize, columns: usize) -> Result<Self> {
-        expect_columns(name, columns, BLOCK)?;
-        expect_bytes(name, bytes, self::bytes(rows, columns), rows, columns)?;
-        Ok(Self { bytes, columns })
+        Blocks::new(name, bytes, rows, columns).map(Self)
     }
 
     /// The scale that all blocks share.
@@ -52,22 +46,14 @@ impl<'a> Tq2_0<'a> {
     /// # Errors
     /// `QuantizationError::InvalidScale`, and `::LayoutMismatch` when blocks have different scales.
     pub fn scale(&self, name: &str) -> Result<f32> {
-        one_scale(
-            name,
-            self.bytes.as_chunks::<BLOCK_BYTES>().0.iter().map(|block| match [block[CODES], block[CODES + 1]] {
-                [0, 0] => Ok((0.0, block[..CODES].iter().all(|&b| b == ZEROES))),
-                stored => Ok((from_f16(name, stored)?, false)),
-            }),
-        )
+        self.0.scale(name, |block| block[..CODES].iter().all(|&b| b == ZEROES))
     }
 }
 
 impl PackedRows for Tq2_0<'_> {
     fn row(&self, name: &str, row: usize, out: &mut [i8]) -> Result<()> {
-        let blocks = self.columns / BLOCK;
-        let bytes = &self.bytes[row * blocks * BLOCK_BYTES..(row + 1) * blocks * BLOCK_BYTES];
         let mut invalid = 0;
-        for (block, out) in bytes.as_chunks::<BLOCK_BYTES>().0.iter().zip(out.chunks_exact_mut(BLOCK)) {
+        for (block, out) in self.0.row(row).iter().zip(out.chunks_exact_mut(BLOCK)) {
             for (half, out) in block[..CODES].chunks_exact(32).zip(out.chunks_exact_mut(128)) {
                 for (k, out) in out.chunks_exact_mut(32).enumerate() {
                     invalid |= unpack_two_bits(half, 2 * k, out);
@@ -90,7 +76,7 @@ pub fn pack(name: &str, trits: &[i8], rows: usize, columns: usize, scale: f32) -
     let mut out = Vec::with_capacity(trits.len() / BLOCK * BLOCK_BYTES);
     for block in trits.chunks_exact(BLOCK) {
         for half in block.chunks_exact(128) {
-            out.extend((0..32).map(|j| (0..4).rev().fold(0u8, |byte, k| byte << 2 | (half[32 * k + j] + 1) as u8)));
+            pack_two_bits(half, |k| 2 * k, &mut out);
         }
         out.extend(scale);
     }
