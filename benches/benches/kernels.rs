@@ -1,8 +1,8 @@
 //! The ternary product alone: one token (decode, bound by memory) and many (prefill, bound by arithmetic), on every instruction set
-//! that this CPU has, one thread. Each case checks its output against plain integers before it is timed.
+//! that this CPU has, in both packings, one thread. Each case checks its output against plain integers before it is timed.
 
 use bitnet_engine::kernels::{Isa, Kernels, QuantizedActivations, TernaryJob, Threads, ternary_matmul};
-use bitnet_engine::ternary::InterleavedMatrix;
+use bitnet_engine::ternary::interleaved::{InterleavedMatrix, Packing, TritSource};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// The attention output projection of bitnet-b1.58-2B-4T.
@@ -19,28 +19,31 @@ fn activation(token: usize, column: usize) -> f32 {
 
 fn ternary(c: &mut Criterion) {
     let threads = Threads::new(Some(1)).expect("one thread");
-    let weights = InterleavedMatrix::pack(ROWS, COLUMNS, 1.0, &threads, &|row, out| {
+    let row = |row: usize, out: &mut [i8]| {
         out.iter_mut().enumerate().for_each(|(column, t)| *t = trit(row, column));
         Ok(())
-    })
-    .expect("six million weights fit");
-    for tokens in [1, 128] {
-        let x: Vec<f32> = (0..tokens * COLUMNS).map(|i| activation(i / COLUMNS, i % COLUMNS)).collect();
-        let mut group = c.benchmark_group(format!("ternary {ROWS}x{COLUMNS}, {tokens} tokens"));
-        group.throughput(Throughput::Elements((tokens * ROWS * COLUMNS) as u64));
-        for isa in Isa::available() {
-            let kernels = Kernels::of(isa).expect("available");
-            let mut q = QuantizedActivations::default();
-            q.quantize(kernels, &x, COLUMNS, &|| "x".to_string()).expect("finite");
-            let mut out = vec![0f32; tokens * ROWS];
-            let run = |out: &mut [f32]| {
-                ternary_matmul(kernels, &threads, &q, &mut [TernaryJob { weights: &weights, out }]);
-            };
-            run(&mut out);
-            verify(&out, tokens);
-            group.bench_function(BenchmarkId::from_parameter(isa), |b| b.iter(|| run(&mut out)));
+    };
+    let source = TritSource { rows: ROWS, columns: COLUMNS, scale: 1.0, row: &row };
+    for packing in Packing::ALL {
+        let weights = InterleavedMatrix::pack(&source, packing, &threads).expect("six million weights fit");
+        for tokens in [1, 132] {
+            let x: Vec<f32> = (0..tokens * COLUMNS).map(|i| activation(i / COLUMNS, i % COLUMNS)).collect();
+            let mut group = c.benchmark_group(format!("ternary {ROWS}x{COLUMNS}, {packing:?}, {tokens} tokens"));
+            group.throughput(Throughput::Elements((tokens * ROWS * COLUMNS) as u64));
+            for isa in Isa::available() {
+                let kernels = Kernels::of(isa).expect("available").with_packing(packing);
+                let mut q = QuantizedActivations::default();
+                q.quantize(&kernels, &threads, &x, COLUMNS, &|| "x".to_string()).expect("finite");
+                let mut out = vec![0f32; tokens * ROWS];
+                let run = |out: &mut [f32]| {
+                    ternary_matmul(&kernels, &threads, &q, [TernaryJob { weights: &weights, out, add: false }]);
+                };
+                run(&mut out);
+                verify(&out, tokens);
+                group.bench_function(BenchmarkId::from_parameter(isa), |b| b.iter(|| run(&mut out)));
+            }
+            group.finish();
         }
-        group.finish();
     }
 }
 

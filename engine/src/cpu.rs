@@ -10,8 +10,8 @@ use bitnet_contracts::{
     StandardInputValidator, Tensor, ThreadSafeInference,
 };
 
-use crate::forward::{AttentionWeights, CpuCache, Observed, Row, Run, Times, Transformer};
-use crate::generate::{self, GenerationContext, StepModel};
+use crate::forward::{AttentionWeights, CpuCache, Observed, Row, Run, Times, Transformer, Wanted};
+use crate::generate::{self, GenerationContext, Logits, StepModel};
 use crate::kernels::{Isa, Kernels, Threads};
 use crate::model::{Checkpoint, ModelDescription, ModelSource, Tokenizer};
 use crate::session::{self, EngineOptions, TokenBatch};
@@ -81,7 +81,7 @@ impl CpuEngine {
         let config = checkpoint.description().config();
         let validator = StandardInputValidator::new(config.clone(), Device::Cpu);
         validator.validate_memory_requirements(checkpoint.tensor_bytes())?;
-        let model = Transformer::load(checkpoint, &threads)?;
+        let model = Transformer::load(checkpoint, kernels, &threads, options.weights_in_memory)?;
         let owner = CacheOwner { backend: "cpu".to_string(), model: model.id };
         let tokenizer = checkpoint.tokenizer().cloned();
         Ok(Self::caller(Arc::new(Shared {
@@ -129,9 +129,14 @@ impl CpuEngine {
         self.shared.threads.count()
     }
 
-    /// Bytes that a decode step reads: every layer's weights and the head, once.
+    /// Bytes of weights that a pass with all logits reads: every layer and the head, once.
     pub fn bytes_per_pass(&self) -> usize {
         self.shared.model.bytes_per_pass()
+    }
+
+    /// Bytes of weights that a step of `generate` reads at least: every layer and the screen of the head, once.
+    pub fn bytes_per_step(&self) -> usize {
+        self.shared.model.bytes_per_step()
     }
 
     /// As [`BitNetInference::generate`], with a look at every token as it comes.
@@ -164,6 +169,42 @@ impl CpuEngine {
         StepModel::feed(self, tokens)
     }
 
+    /// As [`Self::feed`], but gives only the token of the largest logit (the lowest of equal ones), found without reading the whole
+    /// head: a step of `generate` without sampling.
+    ///
+    /// # Errors
+    /// As [`BitNetInference::forward`].
+    pub fn feed_greedy(&mut self, tokens: &[u32]) -> Result<u32> {
+        let logits = self.feed_for(tokens, 1, &[])?;
+        let larger = |best: (u32, f32), next: (u32, f32)| if next.1 > best.1 { next } else { best };
+        let none = (0, f32::NEG_INFINITY);
+        Ok(match logits {
+            Logits::All(logits) => (0..).zip(logits.iter().copied()).fold(none, larger).0,
+            Logits::Largest(logits) => logits.iter().copied().fold(none, larger).0,
+        })
+    }
+
+    /// Appends `tokens` to the session.
+    fn append(&mut self, tokens: &[u32], wanted: Wanted<'_>) -> Result<()> {
+        let shared = self.shared.clone();
+        shared.validator.validate_token_sequence(tokens, shared.config.vocab_size)?;
+        let start = self.session_len;
+        let end = start + tokens.len();
+        if end > shared.config.max_position_embeddings {
+            return Err(bitnet_contracts::GenerationError::ContextExhausted {
+                position: end,
+                max_positions: shared.config.max_position_embeddings,
+            }
+            .into());
+        }
+        self.session.reserve(1, end)?;
+        let rows: Vec<Row> =
+            tokens.iter().enumerate().map(|(i, &token)| Row { sequence: 0, position: start + i, token }).collect();
+        self.run.forward(&shared.model, &rows, &mut self.session, wanted, &mut Observed::default())?;
+        self.session_len = end;
+        Ok(())
+    }
+
     fn rows(batch: &TokenBatch) -> Vec<Row> {
         (0..batch.batch * batch.seq)
             .map(|i| Row { sequence: i / batch.seq, position: batch.start + i % batch.seq, token: batch.tokens[i] })
@@ -180,7 +221,7 @@ impl CpuEngine {
             hidden: options.output_hidden_states.then(Vec::new),
         };
         let mut logits = session::logits_buffer(batch.batch * batch.seq * self.shared.config.vocab_size)?;
-        self.run.forward(&self.shared.model, &Self::rows(batch), cache, &mut logits, &mut observed)?;
+        self.run.forward(&self.shared.model, &Self::rows(batch), cache, Wanted::Every(&mut logits), &mut observed)?;
         Ok((logits, observed))
     }
 
@@ -341,25 +382,24 @@ impl StepModel for CpuEngine {
     }
 
     fn feed(&mut self, tokens: &[u32]) -> Result<&[f32]> {
-        let shared = self.shared.clone();
-        shared.validator.validate_token_sequence(tokens, shared.config.vocab_size)?;
-        let start = self.session_len;
-        let end = start + tokens.len();
-        if end > shared.config.max_position_embeddings {
-            return Err(bitnet_contracts::GenerationError::ContextExhausted {
-                position: end,
-                max_positions: shared.config.max_position_embeddings,
-            }
-            .into());
-        }
-        self.session.reserve(1, end)?;
-        let rows: Vec<Row> =
-            tokens.iter().enumerate().map(|(i, &token)| Row { sequence: 0, position: start + i, token }).collect();
-        self.logits.resize(shared.config.vocab_size, 0.0);
-        self.run.forward(&shared.model, &rows, &mut self.session, &mut self.logits, &mut Observed::default())?;
-        self.session_len = end;
+        let mut logits = std::mem::take(&mut self.logits);
+        logits.resize(self.shared.config.vocab_size, 0.0);
+        let outcome = self.append(tokens, Wanted::Last(&mut logits));
+        self.logits = logits;
+        outcome?;
         self.note_peak(0);
         Ok(&self.logits)
+    }
+
+    fn feed_for(&mut self, tokens: &[u32], top: usize, also: &[u32]) -> Result<Logits<'_>> {
+        let mut enough = false;
+        self.append(tokens, Wanted::Largest { top, also, enough: &mut enough })?;
+        if !enough {
+            self.logits.resize(self.shared.config.vocab_size, 0.0);
+            self.run.last_logits(&self.shared.model, &mut self.logits)?;
+        }
+        self.note_peak(0);
+        Ok(if enough { Logits::Largest(self.run.largest()) } else { Logits::All(&self.logits) })
     }
 
     fn memory(&self) -> MemoryUsage {

@@ -15,6 +15,9 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// Instruction set of the kernels (CPU backend only); None takes `BITNET_ISA`, else the fastest.
     pub isa: Option<crate::kernels::Isa>,
+    /// Copy a large bf16 embedding or head into memory (CPU backend only); otherwise it stays in its file, of which a step of
+    /// generation reads a few rows.
+    pub weights_in_memory: bool,
     /// Give the attention probabilities of every layer in `InferenceOutput::attention_weights`.
     pub output_attentions: bool,
     /// Give the final normed states in `InferenceOutput::hidden_states`.
@@ -33,6 +36,13 @@ impl EngineOptions {
     #[must_use]
     pub fn with_isa(mut self, isa: crate::kernels::Isa) -> Self {
         self.isa = Some(isa);
+        self
+    }
+
+    /// With all weights in memory.
+    #[must_use]
+    pub fn with_weights_in_memory(mut self) -> Self {
+        self.weights_in_memory = true;
         self
     }
 

@@ -62,10 +62,17 @@ fn every_preset_and_storage_runs_and_agrees_over_instruction_sets() {
 fn reported_weights_are_what_is_held() {
     let engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
     let usage = engine.memory_usage();
-    // 28 ternary matrices at 2 bits (all dimensions are multiples of 16), the bf16 embedding, f32 norms.
-    let exact = 3_145_728 / 4 + 1_048_576 * 2 + 6_400 * 4;
-    assert_eq!(usage.model_weights, exact);
-    assert!(usage.model_weights <= engine.config().quantized_model_size() + 1_048_576 * 2);
+    // 28 ternary matrices (all dimensions are multiples of 16) at 2 bits, or in base 3 with 20 columns in a block of 64 bytes for 16
+    // rows; the bf16 embedding; f32 norms; the screen of the head: 4 bits a weight, an f32 a row, a column and 64 rows, and one.
+    let d = engine.description();
+    let (h, f, kv) = (d.hidden_size, d.intermediate_size, d.kv_size());
+    let trits = |rows: usize, columns: usize| match engine.isa() {
+        Isa::Avx512Vnni => rows * columns.div_ceil(20) * 4,
+        _ => rows * columns / 4,
+    };
+    let layer = 2 * trits(h, h) + 2 * trits(kv, h) + 2 * trits(f, h) + trits(h, f);
+    let screen = 1_048_576 / 2 + 4 * (4096 + 4096 / 64 + 256);
+    assert_eq!(usage.model_weights, d.num_layers * layer + 1_048_576 * 2 + 6_400 * 4 + screen);
 }
 
 #[test]

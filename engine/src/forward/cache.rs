@@ -4,12 +4,11 @@ use std::any::Any;
 
 use bitnet_contracts::{CacheStorage, MemoryError, Result};
 
+use crate::kernels::PAGE;
 use crate::model::ModelDescription;
 
-/// Positions of one page.
-pub(crate) const PAGE: usize = 64;
-
-/// One layer of one sequence. A page is `[KV heads, 64 positions, head dimension]`.
+/// One layer of one sequence. A page of keys is `[KV heads, head dimension, 64 positions]`, one of values
+/// `[KV heads, 64 positions, head dimension]`: see `kernels/attention.rs`.
 #[derive(Debug, Default)]
 struct LayerCache {
     keys: Vec<Vec<f32>>,
@@ -69,16 +68,20 @@ impl CpuCache {
     pub(crate) fn write(&mut self, sequence: usize, layer: usize, position: usize, key: &[f32], value: &[f32]) {
         let d = self.head_dim;
         let layer = &mut self.sequences[sequence][layer];
-        for (pages, new) in [(&mut layer.keys, key), (&mut layer.values, value)] {
-            let page = &mut pages[position / PAGE];
-            for (head, new) in new.chunks_exact(d).enumerate() {
-                let at = (head * PAGE + position % PAGE) * d;
-                page[at..at + d].copy_from_slice(new);
+        let (page, slot) = (position / PAGE, position % PAGE);
+        for (head, key) in key.chunks_exact(d).enumerate() {
+            let place = &mut layer.keys[page][head * PAGE * d..(head + 1) * PAGE * d];
+            for (column, &k) in place.chunks_exact_mut(PAGE).zip(key) {
+                column[slot] = k;
             }
+        }
+        for (head, value) in value.chunks_exact(d).enumerate() {
+            let at = (head * PAGE + slot) * d;
+            layer.values[page][at..at + d].copy_from_slice(value);
         }
     }
 
-    /// Page `page` of one KV head's keys, `[64, head dimension]`.
+    /// Page `page` of one KV head's keys, `[head dimension, 64]`.
     pub(crate) fn keys(&self, sequence: usize, layer: usize, head: usize, page: usize) -> &[f32] {
         self.page(&self.sequences[sequence][layer].keys[page], head)
     }

@@ -52,15 +52,15 @@ impl Layer {
         // Attention: one quantised input serves q, k and v.
         run.norm_and_quantize(&self.input_norm, "input norm", index)?;
         let b = &mut run.buffers;
-        let mut jobs = [
-            TernaryJob { weights: &self.q, out: &mut b.q },
-            TernaryJob { weights: &self.k, out: &mut b.k },
-            TernaryJob { weights: &self.v, out: &mut b.v },
+        let jobs = [
+            TernaryJob { weights: &self.q, out: &mut b.q, add: false },
+            TernaryJob { weights: &self.k, out: &mut b.k, add: false },
+            TernaryJob { weights: &self.v, out: &mut b.v, add: false },
         ];
-        ternary_matmul(run.kernels, &run.threads, &run.quantized, &mut jobs);
+        ternary_matmul(run.kernels, &run.threads, &run.quantized, jobs);
         run.lap(|t| &mut t.attention);
         run.rotate_and_store(rope, index, rows, cache);
-        run.attend(index, rows, cache, observed);
+        run.attend(rope, index, rows, cache, observed);
         run.lap(|t| &mut t.attention);
         run.sub_norm_and_quantize(&self.attention_sub_norm, "attention sub-norm", index)?;
         run.project_and_add(&self.o);
@@ -69,12 +69,13 @@ impl Layer {
         // Feed-forward: squared ReLU (or SiLU) on the gate branch, one quantised input for gate and up.
         run.norm_and_quantize(&self.post_attention_norm, "post-attention norm", index)?;
         let b = &mut run.buffers;
-        let mut jobs =
-            [TernaryJob { weights: &self.gate, out: &mut b.gate }, TernaryJob { weights: &self.up, out: &mut b.up }];
-        ternary_matmul(run.kernels, &run.threads, &run.quantized, &mut jobs);
-        run.gate();
+        let jobs = [
+            TernaryJob { weights: &self.gate, out: &mut b.gate, add: false },
+            TernaryJob { weights: &self.up, out: &mut b.up, add: false },
+        ];
+        ternary_matmul(run.kernels, &run.threads, &run.quantized, jobs);
         run.lap(|t| &mut t.feed_forward);
-        run.ffn_norm_and_quantize(&self.ffn_sub_norm, "FFN sub-norm", index)?;
+        run.gate_norm_and_quantize(&self.ffn_sub_norm, "FFN sub-norm", index)?;
         run.project_and_add(&self.down);
         run.lap(|t| &mut t.feed_forward);
         Ok(())

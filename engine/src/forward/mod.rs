@@ -9,7 +9,7 @@ mod run;
 mod transformer;
 
 pub(crate) use cache::CpuCache;
-pub(crate) use run::{AttentionWeights, Observed, Row, Run, Times};
+pub(crate) use run::{AttentionWeights, Observed, Row, Run, Times, Wanted};
 pub(crate) use transformer::Transformer;
 
 #[cfg(test)]

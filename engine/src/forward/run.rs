@@ -1,18 +1,23 @@
 //! What one caller works with: kernels, threads, buffers that are allocated once, and the clock.
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use bitnet_contracts::{ForwardPassError, Result};
 
-use super::cache::{CpuCache, PAGE};
+use super::cache::CpuCache;
 use super::layer::TernaryLinear;
 use super::rope::Rope;
 use super::transformer::Transformer;
-use crate::kernels::{AttendArgs, Kernels, QuantizedActivations, TernaryJob, Threads, head_matmul, ternary_matmul};
+use crate::kernels::{
+    AttendArgs, HeadAndState, Kernels, QuantizedActivations, RowFailure, ScreenScratch, TernaryJob, Threads,
+    head_matmul, ternary_matmul,
+};
 use crate::model::Activation;
 
-/// Most rows that go through a layer together. Longer inputs are cut; where does not show in the results.
-const MAX_ROWS: usize = 128;
+/// Most rows that go through a layer together, a multiple of every panel's tile. Longer inputs are cut; where does not show in the
+/// results. A layer's weights are read once for so many tokens.
+const MAX_ROWS: usize = 264;
 /// Attention work (positions x width) below which threads are not worth their start.
 const WORTH_ATTENTION: usize = 1 << 16;
 
@@ -36,6 +41,17 @@ pub(crate) struct Times {
     pub(crate) normalization: Duration,
     pub(crate) quantization: Duration,
     pub(crate) logits: Duration,
+}
+
+/// Which logits a caller wants.
+pub(crate) enum Wanted<'a> {
+    /// Those of every row, `[rows, vocabulary]`.
+    Every(&'a mut [f32]),
+    /// Those of the last row, `[vocabulary]`.
+    Last(&'a mut [f32]),
+    /// At least the `top` largest of the last row and those of the tokens in `also`: they are in [`Run::largest`] if `enough` is set;
+    /// if not, the whole head is the better way ([`Run::last_logits`]).
+    Largest { top: usize, also: &'a [u32], enough: &'a mut bool },
 }
 
 /// What a caller wants to see besides logits.
@@ -71,7 +87,6 @@ pub(super) struct Buffers {
     pub(super) attended: Vec<f32>,
     pub(super) gate: Vec<f32>,
     pub(super) up: Vec<f32>,
-    pub(super) out: Vec<f32>,
     angles: Vec<f32>,
 }
 
@@ -81,6 +96,7 @@ pub(crate) struct Run {
     pub(super) threads: Threads,
     pub(super) quantized: QuantizedActivations,
     pub(super) buffers: Buffers,
+    screen: ScreenScratch,
     pub(super) eps: f32,
     pub(super) hidden: usize,
     intermediate: usize,
@@ -99,6 +115,7 @@ impl Run {
             threads,
             quantized: QuantizedActivations::default(),
             buffers: Buffers::default(),
+            screen: ScreenScratch::default(),
             eps: d.rms_norm_eps as f32,
             hidden: d.hidden_size,
             intermediate: d.intermediate_size,
@@ -123,13 +140,12 @@ impl Run {
     /// Bytes of the buffers: residual stream and projections, then int8 activations.
     pub(crate) fn memory_bytes(&self) -> (usize, usize) {
         let b = &self.buffers;
-        let floats = [&b.x, &b.normed, &b.q, &b.k, &b.v, &b.attended, &b.gate, &b.up, &b.out, &b.angles];
-        (floats.iter().map(|v| v.capacity() * 4).sum(), self.quantized.memory_bytes())
+        let floats = [&b.x, &b.normed, &b.q, &b.k, &b.v, &b.attended, &b.gate, &b.up, &b.angles];
+        let floats: usize = floats.iter().map(|v| v.capacity() * 4).sum();
+        (floats, self.quantized.memory_bytes() + self.screen.memory_bytes())
     }
 
     /// Runs `rows` through `model`. `cache` must have room for every row's position; rows of one sequence come in order.
-    ///
-    /// `logits` takes the logits of every row, `[rows, vocabulary]`, or of the last row only when it has the size for one.
     ///
     /// # Errors
     /// `ForwardPassError::NumericalInstability` naming the place where NaN or infinity first shows.
@@ -138,39 +154,63 @@ impl Run {
         model: &Transformer,
         rows: &[Row],
         cache: &mut CpuCache,
-        logits: &mut [f32],
+        mut wanted: Wanted<'_>,
         observed: &mut Observed,
     ) -> Result<()> {
         let threads = self.threads.clone();
         threads.enter(|| {
             let vocabulary = model.description.vocab_size;
-            let every_row = logits.len() == rows.len() * vocabulary;
+            // Pieces of about one length, whole tiles.
+            let pieces = rows.len().div_ceil(MAX_ROWS).max(1);
+            let piece = rows.len().div_ceil(pieces).next_multiple_of(self.kernels.tile_tokens());
             let mut done = 0;
-            for chunk in rows.chunks(MAX_ROWS) {
+            for chunk in rows.chunks(piece) {
                 self.layers(model, chunk, cache, observed)?;
+                let first = done;
                 done += chunk.len();
-                if every_row {
-                    self.logits(model, 0, &mut logits[(done - chunk.len()) * vocabulary..done * vocabulary])?;
-                } else if done == rows.len() {
-                    self.logits(model, chunk.len() - 1, logits)?;
+                match &mut wanted {
+                    Wanted::Every(logits) => {
+                        self.logits(model, 0, &mut logits[first * vocabulary..done * vocabulary])?;
+                    }
+                    Wanted::Last(logits) if done == rows.len() => self.logits(model, chunk.len() - 1, logits)?,
+                    Wanted::Largest { top, also, enough } if done == rows.len() => {
+                        **enough = self.largest_logits(model, chunk.len() - 1, *top, also)?;
+                    }
+                    Wanted::Last(_) | Wanted::Largest { .. } => {}
                 }
             }
             Ok(())
         })
     }
 
+    /// What the last call with [`Wanted::Largest`] found.
+    pub(crate) fn largest(&self) -> &[(u32, f32)] {
+        self.screen.logits()
+    }
+
+    /// Logits of the last row of the last call.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub(crate) fn last_logits(&mut self, model: &Transformer, out: &mut [f32]) -> Result<()> {
+        let threads = self.threads.clone();
+        let rows = self.buffers.normed.len() / self.hidden;
+        threads.enter(|| self.logits(model, rows - 1, out))
+    }
+
     /// Embedding rows into the residual stream, RoPE angles of the rows' positions.
-    fn embed(&mut self, model: &Transformer, rows: &[Row]) {
+    fn embed(&mut self, model: &Transformer, rows: &[Row]) -> Result<()> {
         self.clock = Instant::now();
         self.resize(rows.len(), model);
         for (row, x) in rows.iter().zip(self.buffers.x.chunks_exact_mut(self.hidden)) {
-            model.embedding.row(row.token as usize, x);
+            model.embedding.row(row.token as usize, x)?;
         }
         self.buffers.angles.clear();
         for row in rows {
             model.rope.angles(row.position, &mut self.buffers.angles);
         }
         self.lap(|t| &mut t.embedding);
+        Ok(())
     }
 
     /// Embedding and layer 0 only, for a look at its buffers.
@@ -182,7 +222,7 @@ impl Run {
         cache: &mut CpuCache,
         observed: &mut Observed,
     ) -> Result<()> {
-        self.embed(model, rows);
+        self.embed(model, rows)?;
         model.layers[0].forward(0, self, &model.rope, rows, cache, observed)
     }
 
@@ -194,11 +234,11 @@ impl Run {
         cache: &mut CpuCache,
         observed: &mut Observed,
     ) -> Result<()> {
-        self.embed(model, rows);
+        self.embed(model, rows)?;
         for (index, layer) in model.layers.iter().enumerate() {
             layer.forward(index, self, &model.rope, rows, cache, observed)?;
         }
-        norm(self.kernels, &self.buffers.x, &model.norm, self.eps, &mut self.buffers.normed, "final norm", None)?;
+        self.final_norm(&model.norm)?;
         self.lap(|t| &mut t.normalization);
         if let Some(hidden) = &mut observed.hidden {
             hidden.extend_from_slice(&self.buffers.normed);
@@ -206,10 +246,20 @@ impl Run {
         Ok(())
     }
 
+    /// The largest logits of a row, if the screen is the way to find them.
+    fn largest_logits(&mut self, model: &Transformer, row: usize, top: usize, also: &[u32]) -> Result<bool> {
+        let hidden = &self.buffers.normed[row * self.hidden..(row + 1) * self.hidden];
+        let head = HeadAndState { head: model.head(), hidden };
+        let enough = model.screen.largest(&head, self.kernels, &self.threads, top, also, &mut self.screen);
+        let finite = self.screen.logits().iter().all(|(_, logit)| logit.is_finite());
+        self.lap(|t| &mut t.logits);
+        if enough && !finite { Err(unstable("the logits", None)) } else { Ok(enough) }
+    }
+
     /// Logits of the rows from `first` on.
     fn logits(&mut self, model: &Transformer, first: usize, out: &mut [f32]) -> Result<()> {
         let hidden = &self.buffers.normed[first * self.hidden..];
-        head_matmul(self.kernels, &self.threads, model.head(), hidden, out);
+        head_matmul(self.kernels, &self.threads, model.head(), hidden, out)?;
         let finite = self.kernels.all_finite(out);
         self.lap(|t| &mut t.logits);
         if finite { Ok(()) } else { Err(unstable("the logits", None)) }
@@ -218,7 +268,7 @@ impl Run {
     fn resize(&mut self, rows: usize, model: &Transformer) {
         let d = &model.description;
         let b = &mut self.buffers;
-        for buffer in [&mut b.x, &mut b.normed, &mut b.q, &mut b.attended, &mut b.out] {
+        for buffer in [&mut b.x, &mut b.q, &mut b.attended] {
             buffer.resize(rows * d.hidden_size, 0.0);
         }
         for buffer in [&mut b.k, &mut b.v] {
@@ -236,107 +286,132 @@ impl Run {
         self.clock = now;
     }
 
-    fn quantize(&mut self, source: Source, what: &str, layer: usize) -> Result<()> {
-        self.lap(|t| &mut t.normalization);
-        let (x, columns) = match source {
-            Source::Normed => (&self.buffers.normed, self.hidden),
-            Source::Up => (&self.buffers.up, self.intermediate),
-        };
-        self.quantized.quantize(self.kernels, x, columns, &|| format!("the output of the {what} of layer {layer}"))?;
-        self.lap(|t| &mut t.quantization);
+    /// RMSNorm of every row of the residual stream into `buffers.normed`.
+    fn final_norm(&mut self, gain: &[f32]) -> Result<()> {
+        let (kernels, eps, h) = (self.kernels, self.eps, self.hidden);
+        self.buffers.normed.resize(self.buffers.x.len(), 0.0);
+        for (x, out) in self.buffers.x.chunks_exact(h).zip(self.buffers.normed.chunks_exact_mut(h)) {
+            if !kernels.rms_norm(x, gain, eps, out) {
+                return Err(unstable("the input of the final norm", None));
+            }
+        }
         Ok(())
+    }
+
+    fn quantized(&mut self, outcome: std::result::Result<(), RowFailure>, what: &str, layer: usize) -> Result<()> {
+        self.lap(|t| &mut t.quantization);
+        outcome.map_err(|failure| match failure {
+            RowFailure::Source => unstable(&format!("the input of the {what}"), Some(layer)),
+            RowFailure::NotFinite => unstable(&format!("the output of the {what}"), Some(layer)),
+        })
     }
 
     /// RMSNorm of the residual stream, then int8.
     pub(super) fn norm_and_quantize(&mut self, gain: &[f32], what: &str, layer: usize) -> Result<()> {
-        norm(self.kernels, &self.buffers.x, gain, self.eps, &mut self.buffers.normed, what, Some(layer))?;
-        self.quantize(Source::Normed, what, layer)
+        let (kernels, eps, h, x) = (self.kernels, self.eps, self.hidden, &self.buffers.x);
+        let row = |r: usize, out: &mut [f32], _: &mut [f32]| kernels.rms_norm(&x[r * h..(r + 1) * h], gain, eps, out);
+        let outcome = self.quantized.fill(kernels, &self.threads, x.len() / h, h, row);
+        self.quantized(outcome, what, layer)
     }
 
     /// RMSNorm of the heads' outputs, then int8.
     pub(super) fn sub_norm_and_quantize(&mut self, gain: &[f32], what: &str, layer: usize) -> Result<()> {
-        norm(self.kernels, &self.buffers.attended, gain, self.eps, &mut self.buffers.normed, what, Some(layer))?;
-        self.quantize(Source::Normed, what, layer)
+        let (kernels, eps, h, x) = (self.kernels, self.eps, self.hidden, &self.buffers.attended);
+        let row = |r: usize, out: &mut [f32], _: &mut [f32]| kernels.rms_norm(&x[r * h..(r + 1) * h], gain, eps, out);
+        let outcome = self.quantized.fill(kernels, &self.threads, x.len() / h, h, row);
+        self.quantized(outcome, what, layer)
     }
 
-    /// RMSNorm of the gated values, in `gate`'s place to save a buffer, then int8.
-    pub(super) fn ffn_norm_and_quantize(&mut self, gain: &[f32], what: &str, layer: usize) -> Result<()> {
-        let b = &mut self.buffers;
-        norm(self.kernels, &b.up, gain, self.eps, &mut b.gate, what, Some(layer))?;
-        std::mem::swap(&mut b.up, &mut b.gate);
-        self.quantize(Source::Up, what, layer)
-    }
-
-    /// `up = activation(gate) * up`.
-    pub(super) fn gate(&mut self) {
-        match self.activation {
-            Activation::Relu2 => self.kernels.relu2_gate(&self.buffers.gate, &mut self.buffers.up),
-            Activation::Silu => self.kernels.silu_gate(&self.buffers.gate, &mut self.buffers.up),
-        }
+    /// `activation(gate) * up`, its RMSNorm, then int8.
+    pub(super) fn gate_norm_and_quantize(&mut self, gain: &[f32], what: &str, layer: usize) -> Result<()> {
+        let (kernels, eps, f) = (self.kernels, self.eps, self.intermediate);
+        let (gate, up, activation) = (&self.buffers.gate, &self.buffers.up, self.activation);
+        let row = |r: usize, out: &mut [f32], gated: &mut [f32]| {
+            let (gate, up) = (&gate[r * f..(r + 1) * f], &up[r * f..(r + 1) * f]);
+            match activation {
+                Activation::Relu2 => kernels.relu2_gate(gate, up, gated),
+                Activation::Silu => kernels.silu_gate(gate, up, gated),
+            }
+            kernels.rms_norm(gated, gain, eps, out)
+        };
+        let outcome = self.quantized.fill(kernels, &self.threads, gate.len() / f, f, row);
+        self.quantized(outcome, what, layer)
     }
 
     /// The residual stream plus a projection of the quantised input.
     pub(super) fn project_and_add(&mut self, linear: &TernaryLinear) {
-        let b = &mut self.buffers;
-        ternary_matmul(
-            self.kernels,
-            &self.threads,
-            &self.quantized,
-            &mut [TernaryJob { weights: linear, out: &mut b.out }],
-        );
-        self.kernels.add(&mut b.x, &b.out);
+        let job = TernaryJob { weights: linear, out: &mut self.buffers.x, add: true };
+        ternary_matmul(self.kernels, &self.threads, &self.quantized, [job]);
     }
 
-    /// RoPE on queries and keys; keys and values into the cache.
+    /// RoPE on keys; keys and values into the cache.
     pub(super) fn rotate_and_store(&mut self, rope: &Rope, layer: usize, rows: &[Row], cache: &mut CpuCache) {
         let kv = self.kv_heads * self.head_dim;
         let b = &mut self.buffers;
         for (r, row) in rows.iter().enumerate() {
             let angles = &b.angles[r * rope.head_dim()..(r + 1) * rope.head_dim()];
-            rope.apply(&mut b.q[r * self.hidden..(r + 1) * self.hidden], angles);
             let key = &mut b.k[r * kv..(r + 1) * kv];
             rope.apply(key, angles);
             cache.write(row.sequence, layer, row.position, key, &b.v[r * kv..(r + 1) * kv]);
         }
     }
 
-    /// Attention of every row over its own sequence up to its own position.
-    pub(super) fn attend(&mut self, layer: usize, rows: &[Row], cache: &CpuCache, observed: &mut Observed) {
+    /// RoPE on queries, then attention of every row over its own sequence up to its own position.
+    pub(super) fn attend(
+        &mut self,
+        rope: &Rope,
+        layer: usize,
+        rows: &[Row],
+        cache: &CpuCache,
+        observed: &mut Observed,
+    ) {
         let (d, kv_heads, kernels) = (self.head_dim, self.kv_heads, self.kernels);
         let width = self.hidden / kv_heads;
-        let queries = &self.buffers.q;
+        let Buffers { q, angles, attended, .. } = &mut self.buffers;
         // One piece of work is one KV head of one row: its group of query heads lies together.
-        let piece = |i: usize, out: &mut [f32], scores: &mut Vec<f32>| {
+        let piece = |i: usize, out: &mut [f32], scratch: &mut Scratch| {
             let (row, head) = (&rows[i / kv_heads], i % kv_heads);
             let total = row.position + 1;
+            let row_index = i / kv_heads;
+            let Scratch { queries, scores } = scratch;
+            queries.clear();
+            queries.extend_from_slice(&q[i * width..(i + 1) * width]);
+            rope.apply(queries, &angles[row_index * d..(row_index + 1) * d]);
+            scores.clear();
             scores.resize(width / d * total, 0.0);
             let args = AttendArgs {
-                queries: &queries[i * width..(i + 1) * width],
+                queries,
                 keys: &|page| cache.keys(row.sequence, layer, head, page),
                 values: &|page| cache.values(row.sequence, layer, head, page),
-                page: PAGE,
                 total,
                 head_dim: d,
             };
             kernels.attend(&args, scores, out);
         };
-        let out = &mut self.buffers.attended;
         if let Some(weights) = &mut observed.attention {
-            let mut scores = Vec::new();
-            for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                piece(i, out, &mut scores);
-                weights.record(layer, &rows[i / kv_heads], i % kv_heads, &scores);
+            let mut scratch = Scratch::default();
+            for (i, out) in attended.chunks_exact_mut(width).enumerate() {
+                piece(i, out, &mut scratch);
+                weights.record(layer, &rows[i / kv_heads], i % kv_heads, &scratch.scores);
             }
         } else {
             let work: usize = rows.iter().map(|row| (row.position + 1) * self.hidden).sum();
-            self.threads.for_each_chunk(out, width, work >= WORTH_ATTENTION, Vec::new, piece);
+            self.threads.for_each_chunk(attended, width, work >= WORTH_ATTENTION, |i, out| {
+                SCRATCH.with_borrow_mut(|scratch| piece(i, out, scratch))
+            });
         }
     }
 }
 
-enum Source {
-    Normed,
-    Up,
+/// Working memory of one piece of attention.
+#[derive(Default)]
+struct Scratch {
+    queries: Vec<f32>,
+    scores: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { queries: Vec::new(), scores: Vec::new() }) };
 }
 
 impl AttentionWeights {
@@ -357,24 +432,6 @@ impl AttentionWeights {
             self.layers[layer][at..at + seen].copy_from_slice(probabilities);
         }
     }
-}
-
-/// RMSNorm of every row.
-fn norm(
-    kernels: &Kernels,
-    x: &[f32],
-    gain: &[f32],
-    eps: f32,
-    out: &mut [f32],
-    what: &str,
-    layer: Option<usize>,
-) -> Result<()> {
-    for (x, out) in x.chunks_exact(gain.len()).zip(out.chunks_exact_mut(gain.len())) {
-        if !kernels.rms_norm(x, gain, eps, out) {
-            return Err(unstable(&format!("the input of the {what}"), layer));
-        }
-    }
-    Ok(())
 }
 
 fn unstable(what: &str, layer: Option<usize>) -> bitnet_contracts::InferenceError {

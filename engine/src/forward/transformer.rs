@@ -2,58 +2,47 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use bitnet_contracts::Result;
+use bitnet_contracts::{MemoryError, Result};
 
-use super::layer::{Layer, TernaryLinear};
+use super::layer::Layer;
 use super::rope::Rope;
-use crate::kernels::Threads;
-use crate::model::{Checkpoint, FloatMatrix, ModelDescription};
-use crate::ternary::InterleavedMatrix;
+use crate::kernels::{HeadScreen, Kernels, Threads};
+use crate::model::{Checkpoint, FloatTable, ModelDescription};
+use crate::ternary::interleaved::{Packer, TritSource};
 
 /// A BitNet b1.58 transformer, ready to run.
 #[derive(Debug)]
 pub(crate) struct Transformer {
     pub(crate) description: ModelDescription,
-    pub(super) embedding: FloatMatrix,
+    pub(super) embedding: FloatTable,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Vec<f32>,
     /// None when the head is the embedding.
-    pub(super) head: Option<FloatMatrix>,
+    pub(super) head: Option<FloatTable>,
+    pub(super) screen: HeadScreen,
     pub(super) rope: Rope,
     /// Tells this loaded model from every other of the process, for caches.
     pub(crate) id: u64,
 }
 
 impl Transformer {
-    /// Packs the checkpoint's weights. The parts of a mapped file are let go as soon as they are packed.
-    pub(crate) fn load(checkpoint: &Checkpoint, threads: &Threads) -> Result<Self> {
+    /// Packs the checkpoint's weights. The parts of a mapped file are let go as soon as they are packed. A large embedding or head stays
+    /// in its file unless `in_memory`.
+    pub(crate) fn load(checkpoint: &Checkpoint, kernels: &Kernels, threads: &Threads, in_memory: bool) -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let d = checkpoint.description().clone();
-        let (h, f, kv) = (d.hidden_size, d.intermediate_size, d.kv_size());
-        let layers = (0..d.num_layers)
-            .map(|n| {
-                let name = |part: &str| format!("model.layers.{n}.{part}");
-                let linear = |part: &str, rows, columns| load_linear(checkpoint, threads, &name(part), rows, columns);
-                let norm = |part: &str, len| checkpoint.vector(&name(part), len);
-                Ok(Layer {
-                    input_norm: norm("input_layernorm.weight", h)?,
-                    q: linear("self_attn.q_proj", h, h)?,
-                    k: linear("self_attn.k_proj", kv, h)?,
-                    v: linear("self_attn.v_proj", kv, h)?,
-                    attention_sub_norm: norm("self_attn.attn_sub_norm.weight", h)?,
-                    o: linear("self_attn.o_proj", h, h)?,
-                    post_attention_norm: norm("post_attention_layernorm.weight", h)?,
-                    gate: linear("mlp.gate_proj", f, h)?,
-                    up: linear("mlp.up_proj", f, h)?,
-                    ffn_sub_norm: norm("mlp.ffn_sub_norm.weight", f)?,
-                    down: linear("mlp.down_proj", h, f)?,
-                })
-            })
-            .collect::<Result<_>>()?;
-        let head =
-            if d.tie_word_embeddings { None } else { Some(checkpoint.matrix("lm_head.weight", d.vocab_size, h)?) };
+        let h = d.hidden_size;
+        let layers = (0..d.num_layers).map(|n| load_layer(checkpoint, kernels, threads, n)).collect::<Result<_>>()?;
+        let head = if d.tie_word_embeddings {
+            None
+        } else {
+            Some(checkpoint.table("lm_head.weight", d.vocab_size, h, in_memory)?)
+        };
+        let embedding = checkpoint.table("model.embed_tokens.weight", d.vocab_size, h, in_memory)?;
+        let screen = threads.enter(|| HeadScreen::new(head.as_ref().unwrap_or(&embedding), kernels, threads))?;
         Ok(Self {
-            embedding: checkpoint.matrix("model.embed_tokens.weight", d.vocab_size, h)?,
+            embedding,
+            screen,
             layers,
             norm: checkpoint.vector("model.norm.weight", h)?,
             head,
@@ -64,33 +53,67 @@ impl Transformer {
     }
 
     /// The matrix of the output head.
-    pub(super) fn head(&self) -> &FloatMatrix {
+    pub(super) fn head(&self) -> &FloatTable {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Bytes of all weights held.
     pub(crate) fn memory_bytes(&self) -> usize {
-        let head = self.head.as_ref().map_or(0, FloatMatrix::memory_bytes);
+        let head = self.head.as_ref().map_or(0, FloatTable::memory_bytes);
         let layers: usize = self.layers.iter().map(Layer::memory_bytes).sum();
-        self.embedding.memory_bytes() + head + layers + self.norm.capacity() * 4
+        self.embedding.memory_bytes() + head + self.screen.memory_bytes() + layers + self.norm.capacity() * 4
     }
 
-    /// Bytes that a decode step reads: every layer and the head once.
+    /// Bytes that a pass with all logits reads: every layer and the head once.
     pub(crate) fn bytes_per_pass(&self) -> usize {
-        self.layers.iter().map(Layer::memory_bytes).sum::<usize>() + self.head().memory_bytes()
+        self.layers.iter().map(Layer::memory_bytes).sum::<usize>() + self.head().value_bytes()
+    }
+
+    /// Bytes that a decode step reads at least: every layer and the head's screen once.
+    pub(crate) fn bytes_per_step(&self) -> usize {
+        self.layers.iter().map(Layer::memory_bytes).sum::<usize>() + self.screen.memory_bytes()
     }
 }
 
-fn load_linear(
-    checkpoint: &Checkpoint,
-    threads: &Threads,
-    name: &str,
-    rows: usize,
-    columns: usize,
-) -> Result<TernaryLinear> {
-    let tensor = checkpoint.ternary(name, rows, columns)?;
-    let packed = threads
-        .enter(|| InterleavedMatrix::pack(rows, columns, tensor.scale(), threads, &|r, out| tensor.row(r, out)))?;
-    checkpoint.release(&format!("{name}.weight"));
-    Ok(packed)
+/// Packs layer `n`, its matrices in the order in which they are read.
+fn load_layer(checkpoint: &Checkpoint, kernels: &Kernels, threads: &Threads, n: usize) -> Result<Layer> {
+    let d = checkpoint.description();
+    let (h, f, kv) = (d.hidden_size, d.intermediate_size, d.kv_size());
+    let name = |part: &str| format!("model.layers.{n}.{part}");
+    let norm = |part: &str, len| checkpoint.vector(&name(part), len);
+    let linears = [
+        ("self_attn.q_proj", h, h),
+        ("self_attn.k_proj", kv, h),
+        ("self_attn.v_proj", kv, h),
+        ("self_attn.o_proj", h, h),
+        ("mlp.gate_proj", f, h),
+        ("mlp.up_proj", f, h),
+        ("mlp.down_proj", h, f),
+    ];
+    // Every tensor is held against the file before room is made for any.
+    let tensors = linears.map(|(part, rows, columns)| checkpoint.ternary(&name(part), rows, columns));
+    let tensors = tensors.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut packer = Packer::new(kernels.packing(), linears.map(|(_, rows, columns)| (rows, columns)))?;
+    for (tensor, (part, rows, columns)) in tensors.into_iter().zip(linears) {
+        let row = |r: usize, out: &mut [i8]| tensor.row(r, out);
+        let source = TritSource { rows, columns, scale: tensor.scale(), row: &row };
+        threads.enter(|| packer.add(&source, threads))?;
+        checkpoint.release(&format!("{}.weight", name(part)));
+    }
+    let mut packed = packer.finish().into_iter();
+    let mut next =
+        || packed.next().ok_or_else(|| MemoryError::PoolExhausted { pool_type: "packed matrices".to_string() });
+    Ok(Layer {
+        q: next()?,
+        k: next()?,
+        v: next()?,
+        o: next()?,
+        gate: next()?,
+        up: next()?,
+        down: next()?,
+        input_norm: norm("input_layernorm.weight", h)?,
+        attention_sub_norm: norm("self_attn.attn_sub_norm.weight", h)?,
+        post_attention_norm: norm("post_attention_layernorm.weight", h)?,
+        ffn_sub_norm: norm("mlp.ffn_sub_norm.weight", f)?,
+    })
 }

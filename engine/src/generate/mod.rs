@@ -22,8 +22,21 @@ pub(crate) trait StepModel {
     fn restart(&mut self) -> Result<()>;
     /// Appends `tokens` (at least one) and returns the logits after the last of them, `[vocabulary]`, all finite.
     fn feed(&mut self, tokens: &[u32]) -> Result<&[f32]>;
+    /// As [`Self::feed`], for who needs only the `top` largest logits and those of the tokens in `also`.
+    fn feed_for(&mut self, tokens: &[u32], _top: usize, _also: &[u32]) -> Result<Logits<'_>> {
+        Ok(Logits::All(self.feed(tokens)?))
+    }
     /// Memory held now.
     fn memory(&self) -> MemoryUsage;
+}
+
+/// Logits of the next token.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Logits<'a> {
+    /// Of every token.
+    All(&'a [f32]),
+    /// Of at least the tokens asked for, by rising token.
+    Largest(&'a [(u32, f32)]),
 }
 
 /// What generation needs to know about a model besides its arithmetic.
@@ -62,11 +75,16 @@ pub(crate) fn generate(
         if sequence.len() >= total_limit {
             break FinishReason::ContextFull;
         }
-        let logits = advance(model, config, &sequence, generated.len())?;
+        let forbidden = stop.forbidden(generated.len());
+        let last_piece = advance(model, config, &sequence, generated.len())?;
+        let logits = match sampler.wanted(forbidden.len()) {
+            Some(top) => model.feed_for(last_piece, top, &sampler.penalised())?,
+            None => Logits::All(model.feed(last_piece)?),
+        };
         if generated.is_empty() {
             timing.prefill = start.elapsed();
         }
-        let token = sampler.next(logits, stop.forbidden(generated.len()));
+        let token = sampler.next(logits, forbidden);
         if let Some(reason) = stop.is_final(token) {
             break reason;
         }
@@ -125,15 +143,15 @@ fn validate(
     context.validator.validate_token_sequence(prompt, context.config.vocab_size)
 }
 
-/// Feeds what the model has not seen yet and gives the next logits.
-fn advance<'m>(
-    model: &'m mut dyn StepModel,
+/// Feeds what the model has not seen yet but for the last piece, which it gives.
+fn advance<'s>(
+    model: &mut dyn StepModel,
     config: &GenerationConfig,
-    sequence: &[u32],
+    sequence: &'s [u32],
     generated: usize,
-) -> Result<&'m [f32]> {
+) -> Result<&'s [u32]> {
     if generated > 0 && config.use_cache {
-        return model.feed(&sequence[sequence.len() - 1..]);
+        return Ok(&sequence[sequence.len() - 1..]);
     }
     if generated > 0 {
         model.restart()?;
@@ -141,9 +159,9 @@ fn advance<'m>(
     let piece = config.prefill_chunk_size.unwrap_or(sequence.len()).max(1);
     let (head, tail) = sequence.split_at((sequence.len() - 1) / piece * piece);
     for chunk in head.chunks(piece) {
-        model.feed(chunk)?;
+        model.feed_for(chunk, 1, &[])?;
     }
-    model.feed(tail)
+    Ok(tail)
 }
 
 #[cfg(test)]

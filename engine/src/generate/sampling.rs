@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use bitnet_contracts::GenerationConfig;
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+
+use super::Logits;
 
 /// The meaning of a seed. It changes when the same seed would give other tokens.
 ///
@@ -53,24 +56,41 @@ impl Sampler {
         *self.counts.entry(token).or_default() += 1;
     }
 
+    /// How many of the largest logits decide the next token, besides those of the tokens seen; None when all do. Up to `forbidden`
+    /// tokens are not to be chosen.
+    pub(super) fn wanted(&self, forbidden: usize) -> Option<usize> {
+        let chosen_from = if self.temperature == 0.0 { 1 } else { self.top_k? };
+        // A penalty or a ban can take as many out of the lead as there are tokens that it is for.
+        chosen_from.checked_add(self.penalised().len())?.checked_add(forbidden)
+    }
+
+    /// The tokens whose scores are not their logits.
+    pub(super) fn penalised(&self) -> Vec<u32> {
+        let neutral = self.repetition == 1.0 && self.frequency == 0.0 && self.presence == 0.0;
+        if neutral { Vec::new() } else { self.counts.keys().copied().collect() }
+    }
+
     /// The next token after `logits` (all finite); tokens in `forbidden` are never chosen.
-    pub(super) fn next(&mut self, logits: &[f32], forbidden: &[u32]) -> u32 {
-        let mut scores: Vec<f64> = logits.iter().map(|&l| f64::from(l)).collect();
+    pub(super) fn next(&mut self, logits: Logits<'_>, forbidden: &[u32]) -> u32 {
+        let mut scores: Vec<(u32, f64)> = match logits {
+            Logits::All(logits) => (0..).zip(logits.iter().map(|&l| f64::from(l))).collect(),
+            Logits::Largest(logits) => logits.iter().map(|&(token, l)| (token, f64::from(l))).collect(),
+        };
         for (&token, &count) in &self.counts {
-            if let Some(score) = scores.get_mut(token as usize) {
+            if let Some(score) = find(&mut scores, token) {
                 *score = if *score > 0.0 { *score / self.repetition } else { *score * self.repetition };
                 *score -= self.frequency * f64::from(count) + self.presence;
             }
         }
         for &token in forbidden {
-            if let Some(score) = scores.get_mut(token as usize) {
+            if let Some(score) = find(&mut scores, token) {
                 *score = f64::NEG_INFINITY;
             }
         }
         if self.temperature == 0.0 {
             return argmax(&scores);
         }
-        self.draw(&candidates(&scores, self.temperature, self.top_k, self.top_p))
+        self.draw(&candidates(scores, self.temperature, self.top_k, self.top_p))
     }
 
     fn draw(&mut self, candidates: &[(u32, f64)]) -> u32 {
@@ -88,22 +108,30 @@ impl Sampler {
     }
 }
 
-/// The largest score's index; the lowest of equal ones.
-fn argmax(scores: &[f64]) -> u32 {
-    let mut best = 0;
-    for (i, &score) in scores.iter().enumerate() {
-        if score > scores[best] {
-            best = i;
-        }
-    }
-    best as u32
+/// The score of a token among scores by rising token.
+fn find(scores: &mut [(u32, f64)], token: u32) -> Option<&mut f64> {
+    let at = match scores.get(token as usize) {
+        Some(&(t, _)) if t == token => token as usize,
+        _ => scores.binary_search_by_key(&token, |s| s.0).ok()?,
+    };
+    Some(&mut scores[at].1)
+}
+
+/// The token of the largest score; the lowest of equal ones.
+fn argmax(scores: &[(u32, f64)]) -> u32 {
+    let first = scores.first().copied().unwrap_or((0, f64::NEG_INFINITY));
+    scores.iter().fold(first, |best, &s| if s.1 > best.1 { s } else { best }).0
 }
 
 /// The tokens that may be drawn and their weights, by falling weight: `softmax(scores / temperature)`, cut to the `top_k` largest, then
 /// to the smallest set whose share of that reaches `top_p` (at least one token).
-fn candidates(scores: &[f64], temperature: f64, top_k: Option<usize>, top_p: Option<f64>) -> Vec<(u32, f64)> {
-    let mut order: Vec<(u32, f64)> =
-        scores.iter().enumerate().filter(|(_, s)| s.is_finite()).map(|(i, &s)| (i as u32, s)).collect();
+fn candidates(
+    mut order: Vec<(u32, f64)>,
+    temperature: f64,
+    top_k: Option<usize>,
+    top_p: Option<f64>,
+) -> Vec<(u32, f64)> {
+    order.retain(|(_, s)| s.is_finite());
     let falling = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let keep = top_k.unwrap_or(order.len()).min(order.len());
     if keep < order.len() && keep > 0 {
@@ -135,8 +163,12 @@ fn candidates(scores: &[f64], temperature: f64, top_k: Option<usize>, top_p: Opt
 mod tests {
     use super::*;
 
-    fn logs(p: &[f64]) -> Vec<f64> {
-        p.iter().map(|p| p.ln()).collect()
+    fn ranked(scores: &[f64]) -> Vec<(u32, f64)> {
+        (0..).zip(scores.iter().copied()).collect()
+    }
+
+    fn logs(p: &[f64]) -> Vec<(u32, f64)> {
+        ranked(&p.iter().map(|p| p.ln()).collect::<Vec<_>>())
     }
 
     fn ids(c: &[(u32, f64)]) -> Vec<u32> {
@@ -154,7 +186,7 @@ mod tests {
             (0.76, vec![1, 3, 2]),
             (1.0, vec![1, 3, 2, 0]),
         ] {
-            assert_eq!(ids(&candidates(&scores, 1.0, None, Some(p))), expected, "{p}");
+            assert_eq!(ids(&candidates(scores.clone(), 1.0, None, Some(p))), expected, "{p}");
         }
     }
 
@@ -162,19 +194,19 @@ mod tests {
     fn top_p_counts_the_mass_that_top_k_left() {
         // Of 0.4 and 0.3, the first holds 4/7 = 0.571: enough for 0.55, though only 0.4 of the whole.
         let scores = logs(&[0.4, 0.3, 0.2, 0.1]);
-        assert_eq!(ids(&candidates(&scores, 1.0, Some(2), Some(0.55))), [0]);
-        assert_eq!(ids(&candidates(&scores, 1.0, Some(2), Some(0.58))), [0, 1]);
+        assert_eq!(ids(&candidates(scores.clone(), 1.0, Some(2), Some(0.55))), [0]);
+        assert_eq!(ids(&candidates(scores.clone(), 1.0, Some(2), Some(0.58))), [0, 1]);
     }
 
     #[test]
     fn ties_go_to_the_lowest_id() {
-        assert_eq!(argmax(&[1.0, 3.0, 3.0]), 1);
-        assert_eq!(ids(&candidates(&[2.0, 2.0, 2.0, 2.0], 1.0, Some(2), None)), [0, 1]);
+        assert_eq!(argmax(&ranked(&[1.0, 3.0, 3.0])), 1);
+        assert_eq!(ids(&candidates(ranked(&[2.0, 2.0, 2.0, 2.0]), 1.0, Some(2), None)), [0, 1]);
     }
 
     #[test]
     fn a_tiny_temperature_is_greedy_and_never_nan() {
-        let c = candidates(&[3.0, 3.0 - 1e-3, -50.0], 1e-38, None, None);
+        let c = candidates(ranked(&[3.0, 3.0 - 1e-3, -50.0]), 1e-38, None, None);
         assert_eq!(c[0], (0, 1.0));
         assert!(c[1..].iter().all(|c| c.1 == 0.0));
     }
@@ -183,12 +215,12 @@ mod tests {
     fn penalties_divide_positive_and_multiply_negative_scores() {
         let config = GenerationConfig { repetition_penalty: 2.0, do_sample: false, ..Default::default() };
         // Token 0 falls from 3 to 1.5, token 1 from -0.5 to -1: token 2 wins.
-        assert_eq!(Sampler::new(&config, &[0, 1]).next(&[3.0, -0.5, 1.6], &[]), 2);
+        assert_eq!(Sampler::new(&config, &[0, 1]).next(Logits::All(&[3.0, -0.5, 1.6]), &[]), 2);
         // Unseen, token 0 wins; seen once generated, it does not.
         let mut sampler = Sampler::new(&config, &[1]);
-        assert_eq!(sampler.next(&[3.0, -0.5, 1.6], &[]), 0);
+        assert_eq!(sampler.next(Logits::All(&[3.0, -0.5, 1.6]), &[]), 0);
         sampler.seen(0);
-        assert_eq!(sampler.next(&[3.0, -0.5, 1.6], &[]), 2);
+        assert_eq!(sampler.next(Logits::All(&[3.0, -0.5, 1.6]), &[]), 2);
     }
 
     #[test]
@@ -196,10 +228,10 @@ mod tests {
         let base = GenerationConfig { repetition_penalty: 1.0, do_sample: false, ..Default::default() };
         let logits = [3.0, 2.5];
         let frequency = GenerationConfig { frequency_penalty: 0.2, ..base.clone() };
-        assert_eq!(Sampler::new(&frequency, &[0, 0]).next(&logits, &[]), 0);
-        assert_eq!(Sampler::new(&frequency, &[0, 0, 0]).next(&logits, &[]), 1);
+        assert_eq!(Sampler::new(&frequency, &[0, 0]).next(Logits::All(&logits), &[]), 0);
+        assert_eq!(Sampler::new(&frequency, &[0, 0, 0]).next(Logits::All(&logits), &[]), 1);
         let presence = GenerationConfig { presence_penalty: 0.4, ..base };
-        assert_eq!(Sampler::new(&presence, &[0, 0, 0]).next(&logits, &[]), 0);
+        assert_eq!(Sampler::new(&presence, &[0, 0, 0]).next(Logits::All(&logits), &[]), 0);
     }
 
     #[test]
@@ -207,7 +239,7 @@ mod tests {
         let config = GenerationConfig { seed: Some(42), top_k: None, top_p: None, ..Default::default() };
         let mut sampler = Sampler::new(&config, &[]);
         let logits: Vec<f32> = (0..100).map(|i| (i % 10) as f32 * 0.1).collect();
-        let drawn: Vec<u32> = (0..12).map(|_| sampler.next(&logits, &[])).collect();
+        let drawn: Vec<u32> = (0..12).map(|_| sampler.next(Logits::All(&logits), &[])).collect();
         assert_eq!(drawn, EXPECTED);
     }
 
@@ -219,7 +251,7 @@ mod tests {
         for do_sample in [false, true] {
             let config = GenerationConfig { do_sample, seed: Some(1), ..Default::default() };
             let mut sampler = Sampler::new(&config, &[]);
-            assert!((0..200).all(|_| sampler.next(&[9.0, 8.0, 1.0], &[0, 1]) == 2));
+            assert!((0..200).all(|_| sampler.next(Logits::All(&[9.0, 8.0, 1.0]), &[0, 1]) == 2));
         }
     }
 }

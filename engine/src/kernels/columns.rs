@@ -1,21 +1,28 @@
 //! A row-major `[rows, width]` output whose columns are written by several threads.
 
 /// Shared access to a matrix; the callers see to it that no two touch the same element.
-#[derive(Clone, Copy)]
-pub(super) struct Columns {
-    data: *mut f32,
+pub(crate) struct Columns<T = f32> {
+    data: *mut T,
     len: usize,
     width: usize,
 }
 
-// SAFETY: `slice` is the only access, and its contract rules out that two threads hold the same element.
-unsafe impl Send for Columns {}
-// SAFETY: as above.
-unsafe impl Sync for Columns {}
+impl<T> Clone for Columns<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
 
-impl Columns {
+impl<T> Copy for Columns<T> {}
+
+// SAFETY: `slice` is the only access, and its contract rules out that two threads hold the same element.
+unsafe impl<T: Send> Send for Columns<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Columns<T> {}
+
+impl<T> Columns<T> {
     /// A matrix of `width` columns over `data`.
-    pub(super) fn new(data: &mut [f32], width: usize) -> Self {
+    pub(crate) fn new(data: &mut [T], width: usize) -> Self {
         Self { data: data.as_mut_ptr(), len: data.len(), width }
     }
 
@@ -24,7 +31,7 @@ impl Columns {
     /// # Safety
     /// The slice given to [`Self::new`] is still borrowed for the caller, and no other live slice overlaps this one.
     #[allow(clippy::mut_from_ref)]
-    pub(super) unsafe fn slice(&self, row: usize, first: usize, count: usize) -> &mut [f32] {
+    pub(crate) unsafe fn slice(&self, row: usize, first: usize, count: usize) -> &mut [T] {
         let start = row * self.width + first;
         assert!(first + count <= self.width && start + count <= self.len, "a slice inside the matrix");
         // SAFETY: in bounds by the assertion, unaliased by the caller's promise.

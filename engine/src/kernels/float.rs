@@ -3,7 +3,6 @@
 //! Reductions keep sixteen partial sums (element `i` goes to lane `i % 16`) and add the lanes up in one fixed tree. The compiler
 //! vectorises that without changing a bit, since Rust neither reorders float additions nor fuses multiply-adds on its own.
 
-use super::AttendArgs;
 use crate::model::FloatRows;
 
 /// Partial sums of a reduction.
@@ -60,7 +59,7 @@ pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> bo
 }
 
 /// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even, for |x| < 2^22.
-const ROUND: f32 = 12_582_912.0;
+pub(super) const ROUND: f32 = 12_582_912.0;
 
 /// See [`super::Kernels::quantize`].
 #[inline(always)]
@@ -85,29 +84,21 @@ pub(super) fn quantize(x: &[f32], out: &mut [i8]) -> Option<ActivationScale> {
 
 /// See [`super::Kernels::relu2_gate`].
 #[inline(always)]
-pub(super) fn relu2_gate(gate: &[f32], up: &mut [f32]) {
-    for (u, &g) in up.iter_mut().zip(gate) {
+pub(super) fn relu2_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((o, &u), &g) in out.iter_mut().zip(up).zip(gate) {
         // A NaN gate must stay one: f32::max would turn it into 0.
         let r = if g < 0.0 { 0.0 } else { g };
-        *u *= r * r;
+        *o = u * (r * r);
     }
 }
 
 /// See [`super::Kernels::silu_gate`]. Both signs go by `e^-|x|`, which cannot overflow.
 #[inline(always)]
-pub(super) fn silu_gate(gate: &[f32], up: &mut [f32]) {
-    for (u, &g) in up.iter_mut().zip(gate) {
+pub(super) fn silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((o, &u), &g) in out.iter_mut().zip(up).zip(gate) {
         let e = exp_nonpositive(-g.abs());
         let sigmoid = if g < 0.0 { e / (1.0 + e) } else { 1.0 / (1.0 + e) };
-        *u *= g * sigmoid;
-    }
-}
-
-/// See [`super::Kernels::add`].
-#[inline(always)]
-pub(super) fn add(x: &mut [f32], y: &[f32]) {
-    for (x, &y) in x.iter_mut().zip(y) {
-        *x += y;
+        *o = u * (g * sigmoid);
     }
 }
 
@@ -140,44 +131,20 @@ fn exp_nonpositive(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { e * power }
 }
 
-/// See [`super::Kernels::attend`]: `softmax(q . k_j / sqrt(d))` over `0..total`, then the weighted sum of the values, for every query
-/// head of one KV group. Each head's order of operations depends on `total` only, so neither chunking nor grouping shows.
+/// `e^(x - max)`, divided by their sum.
 #[inline(always)]
-pub(super) fn attend(args: &AttendArgs<'_>, scores: &mut [f32], out: &mut [f32]) {
-    let AttendArgs { queries, keys, values, page, total, head_dim: d } = *args;
-    let scale = 1.0 / (d as f32).sqrt();
-    let pages = total.div_ceil(page);
-    for p in 0..pages {
-        let first = p * page;
-        for (j, key) in keys(p).chunks_exact(d).take(total - first).enumerate() {
-            for (head, query) in queries.chunks_exact(d).enumerate() {
-                scores[head * total + first + j] = dot(query, key) * scale;
-            }
-        }
-    }
-    for row in scores.chunks_exact_mut(total) {
-        softmax(row);
-    }
-    out.fill(0.0);
-    for p in 0..pages {
-        let first = p * page;
-        for (j, value) in values(p).chunks_exact(d).take(total - first).enumerate() {
-            for (head, o) in out.chunks_exact_mut(d).enumerate() {
-                let w = scores[head * total + first + j];
-                for (o, &v) in o.iter_mut().zip(value) {
-                    *o += w * v;
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn softmax(row: &mut [f32]) {
+pub(super) fn softmax(row: &mut [f32]) {
     // The maximum does not depend on the order; a NaN score makes the sum NaN and so shows in the output.
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-    let mut lanes = [0f32; LANES];
+    let larger = |m: f32, x: f32| if x > m { x } else { m };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
     let (body, tail) = row.as_chunks_mut::<LANES>();
+    for chunk in body.iter() {
+        for l in 0..LANES {
+            lanes[l] = larger(lanes[l], chunk[l]);
+        }
+    }
+    let max = lanes.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger);
+    let mut lanes = [0f32; LANES];
     for chunk in body {
         for l in 0..LANES {
             chunk[l] = exp_nonpositive(chunk[l] - max);
@@ -302,21 +269,21 @@ mod tests {
 
     #[test]
     fn a_nan_gate_stays_nan() {
-        let mut up = [1.0, 1.0, 2.0];
-        relu2_gate(&[f32::NAN, -3.0, 3.0], &mut up);
-        assert!(up[0].is_nan());
-        assert_eq!(up[1..], [0.0, 18.0]);
-        let mut up = [1.0; 3];
-        silu_gate(&[f32::NAN, f32::NEG_INFINITY, f32::INFINITY], &mut up);
-        assert!(up.iter().all(|u| !u.is_finite()), "what is not finite shows");
+        let mut out = [0.0; 3];
+        relu2_gate(&[f32::NAN, -3.0, 3.0], &[1.0, 1.0, 2.0], &mut out);
+        assert!(out[0].is_nan());
+        assert_eq!(out[1..], [0.0, 18.0]);
+        silu_gate(&[f32::NAN, f32::NEG_INFINITY, f32::INFINITY], &[1.0; 3], &mut out);
+        assert!(out.iter().all(|u| !u.is_finite()), "what is not finite shows");
     }
 
     #[test]
     fn silu_is_right_and_the_same_bits_on_every_instruction_set() {
         use crate::kernels::{Isa, Kernels};
         let gate: Vec<f32> = (-9_000..9_001).map(|i| i as f32 * 0.01).collect();
-        let mut reference = vec![2.0; gate.len()];
-        silu_gate(&gate, &mut reference);
+        let up = vec![2.0; gate.len()];
+        let mut reference = vec![0.0; gate.len()];
+        silu_gate(&gate, &up, &mut reference);
         for (&g, &u) in gate.iter().zip(&reference) {
             let x = f64::from(g);
             let truth = 2.0 * x / (1.0 + (-x).exp());
@@ -324,9 +291,9 @@ mod tests {
             assert!((f64::from(u) - truth).abs() <= 5e-7 * truth.abs() + 1e-35, "{g}: {u} {truth}");
         }
         for isa in Isa::available() {
-            let mut up = vec![2.0; gate.len()];
-            Kernels::of(isa).unwrap().silu_gate(&gate, &mut up);
-            assert!(up.iter().map(|u| u.to_bits()).eq(reference.iter().map(|u| u.to_bits())), "{isa}");
+            let mut out = vec![0.0; gate.len()];
+            Kernels::of(isa).unwrap().silu_gate(&gate, &up, &mut out);
+            assert!(out.iter().map(|u| u.to_bits()).eq(reference.iter().map(|u| u.to_bits())), "{isa}");
         }
     }
 

@@ -1,8 +1,12 @@
 //! The output head: hidden states against every row of a float matrix.
 
+use std::sync::Mutex;
+
+use bitnet_contracts::Result;
+
 use super::columns::Columns;
 use super::{Kernels, Threads};
-use crate::model::FloatMatrix;
+use crate::model::FloatTable;
 
 /// Head rows in one piece of work: 64 bf16 rows of the 2B model are 320 KiB.
 const PIECE: usize = 64;
@@ -13,21 +17,35 @@ const WORTH_MACS: usize = 1 << 18;
 ///
 /// Each value is one dot product in one fixed order: neither threads nor the number of tokens show in it.
 ///
+/// # Errors
+/// `ModelError::LoadingFailed` when a head that stays in its file can no longer be read.
+///
 /// # Panics
 /// When the shapes do not fit (a bug of the caller).
-pub(crate) fn head_matmul(kernels: &Kernels, threads: &Threads, head: &FloatMatrix, hidden: &[f32], out: &mut [f32]) {
+pub(crate) fn head_matmul(
+    kernels: &Kernels,
+    threads: &Threads,
+    head: &FloatTable,
+    hidden: &[f32],
+    out: &mut [f32],
+) -> Result<()> {
     let (rows, columns) = (head.rows(), head.columns());
     let tokens = hidden.len() / columns;
     assert!(hidden.len() == tokens * columns && out.len() == tokens * rows, "head shapes");
     if tokens == 0 {
-        return;
+        return Ok(());
     }
     let out = Columns::new(out, rows);
+    let failure = Mutex::new(None);
     threads.for_each(rows.div_ceil(PIECE), tokens * rows * columns >= WORTH_MACS, |piece| {
         let first = piece * PIECE;
         let count = PIECE.min(rows - first);
         let mut products = vec![0f32; count * tokens];
-        kernels.head(head.view(first, count), hidden, tokens, &mut products);
+        let outcome = head.with_rows(first, count, |rows| kernels.head(rows, hidden, tokens, &mut products));
+        if let Err(error) = outcome {
+            *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
+            return;
+        }
         for t in 0..tokens {
             // SAFETY: the pieces are distinct ranges of columns, and the output is borrowed for this call.
             let out = unsafe { out.slice(t, first, count) };
@@ -36,4 +54,5 @@ pub(crate) fn head_matmul(kernels: &Kernels, threads: &Threads, head: &FloatMatr
             }
         }
     });
+    failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
 }

@@ -1,35 +1,44 @@
-//! The arithmetic. Every kernel is written once, in [`ternary_tile`] and [`float`], and compiled for each instruction set behind
-//! one table of function pointers, [`Kernels`]. All instruction sets give the same bits: the integer part because it is exact, the
+//! The arithmetic. Every kernel is written once, in [`ternary_tile`], [`ternary_panel`], [`attention`] and [`float`], and compiled for
+//! each instruction set behind one table of function pointers, [`Kernels`]. All instruction sets give the same bits: the integer part because it is exact, the
 //! float part because the order of every reduction is written out (sixteen lanes, one tree) and no multiply-add is fused.
 
+mod activations;
+mod attention;
 mod columns;
 pub(crate) mod float;
 mod head_matmul;
+mod head_screen;
 mod isa;
+mod pages;
 mod portable;
 mod ternary_matmul;
+mod ternary_panel;
 mod ternary_tile;
 mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use activations::QuantizedActivations;
+pub(crate) use activations::RowFailure;
+pub(crate) use attention::PAGE;
 pub(crate) use head_matmul::head_matmul;
+pub(crate) use head_screen::{HeadAndState, HeadScreen, ScreenScratch};
 pub use isa::{ISA_VARIABLE, Isa};
-pub use ternary_matmul::{QuantizedActivations, TernaryJob, ternary_matmul};
+pub(crate) use pages::Pages;
+pub use ternary_matmul::{TernaryJob, ternary_matmul};
 pub use threads::Threads;
 
 use crate::model::FloatRows;
+use crate::ternary::interleaved::Packing;
 
-/// One query head group's attention at one position: see [`float::attend`].
+/// One query head group's attention at one position: see [`attention::attend`].
 pub(crate) struct AttendArgs<'a> {
     /// Query heads of one group, `[group, head_dim]`, RoPE applied.
     pub(crate) queries: &'a [f32],
-    /// Key pages of the group's KV head, each `[page positions, head_dim]`.
+    /// Key pages of the group's KV head, each `[head_dim, PAGE]`.
     pub(crate) keys: &'a dyn Fn(usize) -> &'a [f32],
-    /// Value pages, like `keys`.
+    /// Value pages, each `[PAGE, head_dim]`.
     pub(crate) values: &'a dyn Fn(usize) -> &'a [f32],
-    /// Positions a page holds.
-    pub(crate) page: usize,
     /// Positions to attend to: `0..total`.
     pub(crate) total: usize,
     /// Floats a head.
@@ -37,16 +46,21 @@ pub(crate) struct AttendArgs<'a> {
 }
 
 /// The kernels of one instruction set. Obtained from [`Kernels::of`] only, which checks that this CPU has it.
+#[derive(Clone)]
 pub struct Kernels {
     isa: Isa,
-    tile: fn(&[u8], &[i8], usize, &mut [i32]),
+    packing: Packing,
+    panel_groups: usize,
+    tile_tokens: usize,
+    product: fn(&ternary_matmul::Product<'_>, usize, usize, &mut ternary_panel::PanelScratch),
     rms_norm: fn(&[f32], &[f32], f32, &mut [f32]) -> bool,
     quantize: fn(&[f32], &mut [i8]) -> Option<float::ActivationScale>,
-    relu2_gate: fn(&[f32], &mut [f32]),
-    silu_gate: fn(&[f32], &mut [f32]),
-    add: fn(&mut [f32], &[f32]),
+    relu2_gate: fn(&[f32], &[f32], &mut [f32]),
+    silu_gate: fn(&[f32], &[f32], &mut [f32]),
     attend: fn(&AttendArgs<'_>, &mut [f32], &mut [f32]),
     head: fn(FloatRows<'_>, &[f32], usize, &mut [f32]),
+    screen: fn(&head_screen::ScreenPass<'_>, usize, &mut [f32]),
+    screen_codes: fn(&[f32], &[f32], &mut [u8]) -> f32,
     all_finite: fn(&[f32]) -> bool,
 }
 
@@ -74,6 +88,27 @@ impl Kernels {
         self.isa
     }
 
+    /// How weights are packed for these kernels: what is fastest there.
+    pub fn packing(&self) -> Packing {
+        self.packing
+    }
+
+    /// The same kernels for weights in another packing.
+    #[must_use]
+    pub fn with_packing(&self, packing: Packing) -> Kernels {
+        Kernels { packing, ..self.clone() }
+    }
+
+    /// Row groups of one panel of [`ternary_panel`].
+    pub(crate) fn panel_groups(&self) -> usize {
+        self.panel_groups
+    }
+
+    /// Tokens of one tile of [`ternary_panel`].
+    pub(crate) fn tile_tokens(&self) -> usize {
+        self.tile_tokens
+    }
+
     /// RMSNorm of one row: `out[i] = gain[i] * (x[i] / sqrt(mean(x^2) + eps))`. False when the mean square overflows or is NaN.
     #[must_use]
     pub(crate) fn rms_norm(&self, x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> bool {
@@ -86,19 +121,14 @@ impl Kernels {
         (self.quantize)(x, out)
     }
 
-    /// `up[i] = relu(gate[i])^2 * up[i]`.
-    pub(crate) fn relu2_gate(&self, gate: &[f32], up: &mut [f32]) {
-        (self.relu2_gate)(gate, up)
+    /// `out[i] = relu(gate[i])^2 * up[i]`.
+    pub(crate) fn relu2_gate(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        (self.relu2_gate)(gate, up, out)
     }
 
-    /// `up[i] = gate[i] / (1 + e^-gate[i]) * up[i]`.
-    pub(crate) fn silu_gate(&self, gate: &[f32], up: &mut [f32]) {
-        (self.silu_gate)(gate, up)
-    }
-
-    /// `x[i] += y[i]`.
-    pub(crate) fn add(&self, x: &mut [f32], y: &[f32]) {
-        (self.add)(x, y)
+    /// `out[i] = gate[i] / (1 + e^-gate[i]) * up[i]`.
+    pub(crate) fn silu_gate(&self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        (self.silu_gate)(gate, up, out)
     }
 
     /// Attention of one head group at one position. `scores` is `[group, total]` and holds the probabilities afterwards,
@@ -112,6 +142,16 @@ impl Kernels {
         (self.head)(rows, hidden, tokens, out)
     }
 
+    /// Estimated logits of the row groups from `first` on: see [`head_screen`].
+    fn screen(&self, pass: &head_screen::ScreenPass<'_>, first: usize, out: &mut [f32]) {
+        (self.screen)(pass, first, out)
+    }
+
+    /// The 4-bit codes of one row of the head, a byte each, and their step: see [`head_screen`].
+    fn screen_codes(&self, row: &[f32], offsets: &[f32], out: &mut [u8]) -> f32 {
+        (self.screen_codes)(row, offsets, out)
+    }
+
     /// Whether no value is NaN or infinite.
     pub(crate) fn all_finite(&self, x: &[f32]) -> bool {
         (self.all_finite)(x)
@@ -120,15 +160,32 @@ impl Kernels {
 
 /// Compiles the generic kernels for one instruction set and puts them in a table.
 macro_rules! kernel_table {
-    ($isa:expr, $lanes:ty $(, $feature:literal)?) => {
+    ($isa:expr, $lanes:ty, $packing:expr, panel: ($groups:literal, $tokens:literal), heads: ($heads:literal, $width:literal) $(, $feature:literal)?) => {
         mod entry {
             use super::*;
-            use $crate::kernels::{AttendArgs, float, ternary_tile};
+            use $crate::kernels::head_screen::ScreenPass;
+            use $crate::kernels::ternary_matmul::Product;
+            use $crate::kernels::{AttendArgs, attention, float, head_screen, ternary_panel, ternary_tile};
+            use $crate::kernels::ternary_panel::PanelScratch;
             use $crate::model::FloatRows;
 
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn tile(w: &[u8], a: &[i8], tokens: usize, out: &mut [i32]) {
-                ternary_tile::tile::<$lanes>(w, a, tokens, out)
+            pub(super) fn product(product: &Product<'_>, first: usize, end: usize, scratch: &mut PanelScratch) {
+                if product.is_tiled() {
+                    for panel in (first..end).step_by($groups) {
+                        if end - panel < $groups {
+                            for group in panel..end {
+                                ternary_panel::panel::<$lanes, 1, $tokens>(product, group, scratch);
+                            }
+                        } else {
+                            ternary_panel::panel::<$lanes, $groups, $tokens>(product, panel, scratch);
+                        }
+                    }
+                } else {
+                    for group in first..end {
+                        ternary_tile::stream::<$lanes>(product, group);
+                    }
+                }
             }
             $(#[target_feature(enable = $feature)])?
             pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> bool {
@@ -139,24 +196,28 @@ macro_rules! kernel_table {
                 float::quantize(x, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn relu2_gate(gate: &[f32], up: &mut [f32]) {
-                float::relu2_gate(gate, up)
+            pub(super) fn relu2_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                float::relu2_gate(gate, up, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn silu_gate(gate: &[f32], up: &mut [f32]) {
-                float::silu_gate(gate, up)
-            }
-            $(#[target_feature(enable = $feature)])?
-            pub(super) fn add(x: &mut [f32], y: &[f32]) {
-                float::add(x, y)
+            pub(super) fn silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+                float::silu_gate(gate, up, out)
             }
             $(#[target_feature(enable = $feature)])?
             pub(super) fn attend(args: &AttendArgs<'_>, scores: &mut [f32], out: &mut [f32]) {
-                float::attend(args, scores, out)
+                attention::attend::<$lanes, $heads, $width>(args, scores, out)
             }
             $(#[target_feature(enable = $feature)])?
             pub(super) fn head(rows: FloatRows<'_>, hidden: &[f32], tokens: usize, out: &mut [f32]) {
                 float::head(rows, hidden, tokens, out)
+            }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn screen(pass: &ScreenPass<'_>, first: usize, out: &mut [f32]) {
+                head_screen::screen::<$lanes>(pass, first, out)
+            }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn screen_codes(row: &[f32], offsets: &[f32], out: &mut [u8]) -> f32 {
+                head_screen::codes(row, offsets, out)
             }
             $(#[target_feature(enable = $feature)])?
             pub(super) fn all_finite(x: &[f32]) -> bool {
@@ -169,14 +230,18 @@ macro_rules! kernel_table {
         #[allow(unused_unsafe)]
         pub(in $crate::kernels) static KERNELS: $crate::kernels::Kernels = $crate::kernels::Kernels {
             isa: $isa,
-            tile: |w, a, tokens, out| unsafe { entry::tile(w, a, tokens, out) },
+            packing: $packing,
+            panel_groups: $groups,
+            tile_tokens: $tokens,
+            product: |product, first, end, scratch| unsafe { entry::product(product, first, end, scratch) },
             rms_norm: |x, gain, eps, out| unsafe { entry::rms_norm(x, gain, eps, out) },
             quantize: |x, out| unsafe { entry::quantize(x, out) },
-            relu2_gate: |gate, up| unsafe { entry::relu2_gate(gate, up) },
-            silu_gate: |gate, up| unsafe { entry::silu_gate(gate, up) },
-            add: |x, y| unsafe { entry::add(x, y) },
+            relu2_gate: |gate, up, out| unsafe { entry::relu2_gate(gate, up, out) },
+            silu_gate: |gate, up, out| unsafe { entry::silu_gate(gate, up, out) },
             attend: |args, scores, out| unsafe { entry::attend(args, scores, out) },
             head: |rows, hidden, tokens, out| unsafe { entry::head(rows, hidden, tokens, out) },
+            screen: |pass, first, out| unsafe { entry::screen(pass, first, out) },
+            screen_codes: |row, offsets, out| unsafe { entry::screen_codes(row, offsets, out) },
             all_finite: |x| unsafe { entry::all_finite(x) },
         };
     };

@@ -1,60 +1,19 @@
 //! The front door of the ternary product: `y = (codes - 1) . q / k * scale` for any number of tokens, threads and matrices that share
 //! one quantised input.
 
+use std::cell::RefCell;
+
+use super::activations::QuantizedActivations;
 use super::columns::Columns;
+use super::ternary_panel::PanelScratch;
 use super::ternary_tile::ROWS;
 use super::{Kernels, Threads};
 use crate::ternary::InterleavedMatrix;
-use bitnet_contracts::{ForwardPassError, Result};
 
 /// Multiply-accumulates below which a parallel section costs more than it saves.
 const WORTH_MACS: usize = 1 << 18;
-
-/// Int8 activations of some tokens, one absmax scale each.
-#[derive(Debug, Default)]
-pub struct QuantizedActivations {
-    values: Vec<i8>,
-    inverse: Vec<(f32, i32)>,
-    stride: usize,
-    columns: usize,
-}
-
-impl QuantizedActivations {
-    /// Quantises `x`, `[tokens, columns]`. `what` names the input in the error.
-    ///
-    /// # Errors
-    /// `ForwardPassError::NumericalInstability` when a row holds NaN or infinity.
-    ///
-    /// # Panics
-    /// When `columns` is 0 (a bug of the caller).
-    pub fn quantize(&mut self, kernels: &Kernels, x: &[f32], columns: usize, what: &dyn Fn() -> String) -> Result<()> {
-        self.columns = columns;
-        self.stride = columns.next_multiple_of(super::ternary_tile::BLOCK);
-        let tokens = x.len() / columns;
-        self.values.resize(tokens * self.stride, 0);
-        self.inverse.clear();
-        for (row, out) in x.chunks_exact(columns).zip(self.values.chunks_exact_mut(self.stride)) {
-            let Some(scale) = kernels.quantize(row, out) else {
-                return Err(ForwardPassError::NumericalInstability {
-                    details: format!("NaN or infinity in {}", what()),
-                }
-                .into());
-            };
-            self.inverse.push((scale.k, scale.sum));
-        }
-        Ok(())
-    }
-
-    /// Number of tokens held.
-    pub fn tokens(&self) -> usize {
-        self.inverse.len()
-    }
-
-    /// Bytes allocated.
-    pub fn memory_bytes(&self) -> usize {
-        self.values.capacity() + self.inverse.capacity() * size_of::<(f32, i32)>()
-    }
-}
+/// Pieces of work a thread, so that one that is held up does not hold up all.
+const PIECES: usize = 2;
 
 /// One matrix and where its product goes, `[tokens, rows]`.
 pub struct TernaryJob<'a> {
@@ -62,6 +21,58 @@ pub struct TernaryJob<'a> {
     pub weights: &'a InterleavedMatrix,
     /// The product.
     pub out: &'a mut [f32],
+    /// Whether the product is added to what is there.
+    pub add: bool,
+}
+
+/// One job as the kernels see it.
+pub(crate) struct Product<'a> {
+    pub(super) weights: &'a InterleavedMatrix,
+    pub(super) activations: &'a QuantizedActivations,
+    out: Columns,
+    add: bool,
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    pub(super) fn tokens(&self) -> usize {
+        self.activations.tokens()
+    }
+
+    pub(super) fn is_tiled(&self) -> bool {
+        self.activations.is_tiled()
+    }
+
+    /// Writes the products of one token and of the row groups from `group` on. `sums` are of codes, which are trits plus one.
+    #[inline(always)]
+    pub(super) fn finish<const G: usize>(&self, token: usize, group: usize, sums: [&[i32; ROWS]; G]) {
+        let (k, bias) = self.activations.inverse(token);
+        let scale = self.weights.scale();
+        let first = group * ROWS;
+        let rows = (G * ROWS).min(self.weights.rows() - first);
+        // SAFETY: every group of a job is computed by one thread and the jobs' outputs are distinct and stay borrowed for the call of
+        // `ternary_matmul`: nobody else has these elements.
+        let out = unsafe { self.out.slice(token, first, rows) };
+        // Two roundings in this order, as transformers has them: a value that comes out the same there and here cannot fall to
+        // another side of a rounding tie further on.
+        for (g, sums) in sums.iter().enumerate() {
+            let mut y = [0f32; ROWS];
+            for l in 0..ROWS {
+                y[l] = (sums[l] - bias) as f32 / k * scale;
+            }
+            let out = &mut out[g * ROWS..rows.min((g + 1) * ROWS)];
+            match (<&mut [f32; ROWS]>::try_from(&mut *out), self.add) {
+                (Ok(out), true) => (0..ROWS).for_each(|l| out[l] += y[l]),
+                (Ok(out), false) => *out = y,
+                (Err(_), true) => out.iter_mut().zip(y).for_each(|(o, y)| *o += y),
+                (Err(_), false) => out.copy_from_slice(&y[..out.len()]),
+            }
+        }
+    }
+}
+
+thread_local! {
+    static PANEL: RefCell<PanelScratch> = RefCell::default();
 }
 
 /// Computes all `jobs` on the same activations in one parallel section.
@@ -71,47 +82,40 @@ pub struct TernaryJob<'a> {
 ///
 /// # Panics
 /// When a matrix's columns or an output's size do not fit the activations (a bug of the caller).
-pub fn ternary_matmul(
+pub fn ternary_matmul<const JOBS: usize>(
     kernels: &Kernels,
     threads: &Threads,
     activations: &QuantizedActivations,
-    jobs: &mut [TernaryJob<'_>],
+    jobs: [TernaryJob<'_>; JOBS],
 ) {
     let tokens = activations.tokens();
-    let mut parts: Vec<(&InterleavedMatrix, Columns, usize)> = Vec::new();
-    let mut macs = 0;
-    for job in jobs {
+    let products = jobs.map(|job| {
         let (rows, columns) = (job.weights.rows(), job.weights.columns());
-        assert_eq!(columns, activations.columns, "activations do not fit the matrix");
+        assert_eq!(columns, activations.columns(), "activations do not fit the matrix");
+        assert_eq!(activations.packing(), Some(job.weights.packing()), "activations are for another packing");
         assert_eq!(job.out.len(), tokens * rows, "output does not fit the matrix");
-        macs += tokens * rows * columns;
-        let out = Columns::new(job.out, rows);
-        parts.extend((0..job.weights.groups()).map(|group| (job.weights, out, group)));
-    }
+        Product { weights: job.weights, activations, out: Columns::new(job.out, rows), add: job.add }
+    });
     if tokens == 0 {
         return;
     }
-    // Groups are handed out in runs, so that a thread streams through neighbouring memory.
+    let macs: usize = products.iter().map(|p| tokens * p.weights.rows() * p.weights.columns()).sum();
+    let groups: usize = products.iter().map(|p| p.weights.groups()).sum();
     let worth = macs >= WORTH_MACS;
-    let runs = if worth { threads.count() * 4 } else { 1 };
-    let run_length = parts.len().div_ceil(runs).max(1);
-    let runs = parts.len().div_ceil(run_length);
-    threads.for_each(runs, worth, |run| {
-        let mut sums = vec![0i32; tokens * ROWS];
-        for &(weights, out, group) in parts.iter().skip(run * run_length).take(run_length) {
-            (kernels.tile)(weights.group(group), &activations.values, tokens, &mut sums);
-            let first = group * ROWS;
-            let rows = ROWS.min(weights.rows() - first);
-            for (t, (sums, &(k, bias))) in sums.chunks_exact(ROWS).zip(&activations.inverse).enumerate() {
-                // SAFETY: the groups of a job are distinct and so are the jobs' outputs, which stay borrowed for this call: nobody
-                // else has these elements of row `t`.
-                let out = unsafe { out.slice(t, first, rows) };
-                // Two roundings in this order, as transformers has them: a value that comes out the same there and here cannot fall to
-                // another side of a rounding tie further on.
-                for (o, &sum) in out.iter_mut().zip(sums) {
-                    *o = (sum - bias) as f32 / k * weights.scale();
-                }
+    // Pieces are runs of neighbouring groups of one matrix, whole panels of them.
+    let share = if worth { groups.div_ceil(threads.count() * PIECES) } else { groups };
+    let piece = share.next_multiple_of(kernels.panel_groups()).max(1);
+    let pieces = products.iter().map(|p| p.weights.groups().div_ceil(piece)).sum();
+    threads.for_each(pieces, worth, |mut index| {
+        for product in &products {
+            let own = product.weights.groups().div_ceil(piece);
+            if index < own {
+                let first = index * piece;
+                let end = (first + piece).min(product.weights.groups());
+                PANEL.with_borrow_mut(|scratch| (kernels.product)(product, first, end, scratch));
+                return;
             }
+            index -= own;
         }
     });
 }
@@ -120,6 +124,7 @@ pub fn ternary_matmul(
 mod tests {
     use super::*;
     use crate::kernels::Isa;
+    use crate::ternary::interleaved::{Packing, TritSource};
     use proptest::prelude::*;
 
     fn mix(i: usize, seed: u64) -> u64 {
@@ -143,21 +148,34 @@ mod tests {
 
     fn check(rows: usize, columns: usize, tokens: usize, x: &[f32], trits: &[i8]) {
         let scale = 0.37;
-        let weights = InterleavedMatrix::pack(rows, columns, scale, &Threads::new(Some(1)).unwrap(), &|r, out| {
+        let row = |r: usize, out: &mut [i8]| {
             out.copy_from_slice(&trits[r * columns..(r + 1) * columns]);
             Ok(())
-        })
-        .unwrap();
+        };
+        let source = TritSource { rows, columns, scale, row: &row };
+        let weights = Packing::ALL
+            .map(|packing| InterleavedMatrix::pack(&source, packing, &Threads::new(Some(1)).unwrap()).unwrap());
         let expected = reference(trits, x, rows, columns, scale);
         for isa in Isa::available() {
-            let kernels = Kernels::of(isa).unwrap();
-            for count in [1, 2, 3] {
+            for (weights, count) in weights.iter().flat_map(|w| [1, 2, 3].map(|count| (w, count))) {
+                let kernels = Kernels::of(isa).unwrap().with_packing(weights.packing());
                 let threads = Threads::new(Some(count)).unwrap();
                 let mut q = QuantizedActivations::default();
-                q.quantize(kernels, x, columns, &|| "x".to_string()).unwrap();
+                q.quantize(&kernels, &threads, x, columns, &|| "x".to_string()).unwrap();
                 let mut out = vec![f32::NAN; tokens * rows];
-                ternary_matmul(kernels, &threads, &q, &mut [TernaryJob { weights: &weights, out: &mut out }]);
-                assert_eq!(out, expected, "{isa}, {count} threads, {rows}x{columns}, {tokens} tokens");
+                let mut added = vec![0.5; tokens * rows];
+                let jobs = [
+                    TernaryJob { weights, out: &mut out, add: false },
+                    TernaryJob { weights, out: &mut added, add: true },
+                ];
+                ternary_matmul(&kernels, &threads, &q, jobs);
+                assert_eq!(
+                    out,
+                    expected,
+                    "{isa}, {:?}, {count} threads, {rows}x{columns}, {tokens} tokens",
+                    weights.packing()
+                );
+                assert!(added.iter().zip(&expected).all(|(a, e)| *a == 0.5 + e), "{isa}: added to what was there");
             }
         }
     }

@@ -1,90 +1,195 @@
-//! The ternary dot product, once for all instruction sets: sixteen rows of weights against some tokens' int8 activations.
+//! The ternary dot product, once for all instruction sets: sixteen rows of weights against the int8 activations of a few tokens, the
+//! weights unpacked in registers. [`super::ternary_panel`] is for many tokens.
 //!
-//! Layout of a row group (see [`crate::ternary::interleaved`]): 64 bytes for every 16 columns; byte `4 * row + j` holds in bits
-//! `2p, 2p + 1` the code (trit + 1) of column `4p + j`. So one 32-bit lane is one row, four columns a plane, and an instruction that
-//! multiplies unsigned by signed bytes and adds four neighbours needs the activations as one broadcast dword and no shuffle.
+//! The layouts of a row group are those of [`crate::ternary::interleaved`].
+
+#![allow(clippy::needless_range_loop)] // Registers, tokens and groups are counted, several arrays at once.
+
+use super::ternary_matmul::Product;
+use crate::ternary::interleaved::Packing;
 
 /// Rows that are interleaved in one group.
 pub(crate) const ROWS: usize = 16;
-/// Columns of one 64-byte block.
-pub(crate) const BLOCK: usize = 16;
 /// Bytes of one block of a group.
 pub(crate) const BLOCK_BYTES: usize = 64;
-/// Most tokens in one register tile, for any instruction set.
-const MAX_TILE: usize = 8;
+/// Columns of one plane: what one broadcast dword of activations meets.
+pub(crate) const PLANE: usize = 4;
+
+/// Codes of sixteen rows and four columns, a byte each, as a kernel reads them.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Line(pub(crate) [u8; BLOCK_BYTES]);
 
 /// Sixteen int32 lanes of an instruction set.
 ///
 /// Every method is `#[inline(always)]` and becomes part of an entry compiled with the right target features.
-pub(crate) trait DotLanes: Sized {
-    /// Tokens of one register tile (1 to [`MAX_TILE`]).
-    const TILE: usize;
-    /// The four planes of one block, unpacked to codes 0, 1, 2 (a byte each).
-    type Planes: Copy;
+pub(crate) trait DotLanes {
+    /// Codes (0, 1, 2; of 4 bits up to 15) of sixteen rows and four columns, a byte each.
+    type Codes: Copy;
+    /// Four activations, once for every row.
+    type Dword: Copy;
+    /// Running sums, possibly narrower than 32 bits.
+    type Partial: Copy;
+    /// Sixteen pairs of 16-bit words.
+    type Words: Copy;
     /// Sixteen int32 sums.
     type Sums: Copy;
+    /// Steps of [`Self::mac`] that a [`Self::Partial`] holds without overflow.
+    const RUN: usize;
+    /// The same for codes of 4 bits.
+    const RUN_4BIT: usize;
+    /// Independent sums that hide the latency of [`Self::mac`]: 1, 2 or 4.
+    const CHAINS: usize;
 
     /// Zeroes.
-    fn zero() -> Self::Sums;
-    /// Unpacks one block.
-    fn unpack(block: &[u8; BLOCK_BYTES]) -> Self::Planes;
-    /// Adds the products of one block with sixteen activations.
-    fn dot(sums: Self::Sums, planes: &Self::Planes, activations: &[i8; BLOCK]) -> Self::Sums;
-    /// Writes the sums out.
-    fn store(sums: Self::Sums, out: &mut [i32; ROWS]);
+    fn zero() -> Self::Partial;
+    /// Unpacks one block into its planes.
+    fn unpack(block: &[u8; BLOCK_BYTES]) -> [Self::Codes; 4];
+    /// Unpacks a block of 4-bit codes: the lower halves, then the upper ones.
+    fn unpack_4bit(block: &[u8; BLOCK_BYTES]) -> [Self::Codes; 2];
+    /// Reads an unpacked plane.
+    fn load(line: &Line) -> Self::Codes;
+    /// Writes an unpacked plane.
+    fn store(codes: Self::Codes, line: &mut Line);
+    /// Four activations for every row.
+    fn broadcast(dword: i32) -> Self::Dword;
+    /// Adds the products of four columns.
+    fn mac(partial: Self::Partial, codes: Self::Codes, activations: Self::Dword) -> Self::Partial;
+    /// Adds the running sums to `sums`.
+    fn fold(partial: Self::Partial, sums: &mut [i32; ROWS]);
+
+    /// The words of a block.
+    fn words(block: &[u8; BLOCK_BYTES]) -> Self::Words;
+    /// The upper halves of the words' products with `factor`.
+    fn upper_product(words: Self::Words, factor: u16) -> Self::Words;
+    /// The lower halves of the words' products with `factor`.
+    fn lower_product(words: Self::Words, factor: u16) -> Self::Words;
+    /// `a - 3 b` in words.
+    fn minus_thrice(a: Self::Words, b: Self::Words) -> Self::Words;
+    /// Words below 256 as the even and the odd bytes of codes.
+    fn interleave(even: Self::Words, odd: Self::Words) -> Self::Codes;
+    /// Zeroes.
+    fn zero_sums() -> Self::Sums;
+    /// Adds, in every lane, the products of its two words with the two of `pair`.
+    fn mac_words(sums: Self::Sums, words: Self::Words, pair: Self::Dword) -> Self::Sums;
+    /// Adds `more` to `sums`.
+    fn fold_sums(more: Self::Sums, sums: &mut [i32; ROWS]);
+
+    /// Asks for the memory that is read soon. The address need not be valid.
+    fn prefetch(address: *const u8);
 }
 
-/// `out[t][row] = sum_k code[row][k] * activations[t][k]` for one group.
-///
-/// `group` holds `columns / 16` blocks, `activations` is `[tokens, columns]` with `columns` a multiple of 16, `out` is
-/// `[tokens, 16]`. Codes are the trits plus one: the caller subtracts the sum of the activations.
+/// How far ahead of the block in use weights are asked for: a page, since the hardware's own prefetch ends there.
+const AHEAD: usize = 4096;
+
+/// Row group `group` of `product` for all its tokens.
 #[inline(always)]
-pub(crate) fn tile<L: DotLanes>(group: &[u8], activations: &[i8], tokens: usize, out: &mut [i32]) {
-    let (blocks, rest) = group.as_chunks::<BLOCK_BYTES>();
-    assert!(rest.is_empty(), "a row group is whole blocks");
-    let columns = blocks.len() * BLOCK;
-    assert!(activations.len() == tokens * columns && out.len() == tokens * ROWS, "tile shapes");
-    let (out, _) = out.as_chunks_mut::<ROWS>();
-    let mut t = 0;
-    while t < tokens {
-        let n = L::TILE.min(tokens - t);
-        let a = &activations[t * columns..(t + n) * columns];
-        let o = &mut out[t..t + n];
-        match n {
-            8 => tokens_at_once::<L, 8>(blocks, a, o),
-            4..8 => tokens_at_once::<L, 4>(blocks, &a[..4 * columns], &mut o[..4]),
-            2..4 => tokens_at_once::<L, 2>(blocks, &a[..2 * columns], &mut o[..2]),
-            _ => tokens_at_once::<L, 1>(blocks, &a[..columns], &mut o[..1]),
-        }
-        t += match n {
-            8 => 8,
-            4..8 => 4,
-            2..4 => 2,
-            _ => 1,
+pub(super) fn stream<L: DotLanes>(product: &Product<'_>, group: usize) {
+    let mut token = 0;
+    while token < product.tokens() {
+        token += match (product.weights.packing(), product.tokens() - token) {
+            (Packing::TwoBits, 4..) => tokens_at_once::<L, 4>(product, group, token),
+            (Packing::TwoBits, 2..) => tokens_at_once::<L, 2>(product, group, token),
+            (Packing::TwoBits, _) => tokens_at_once::<L, 1>(product, group, token),
+            (Packing::BaseThree, 4..) => tokens_by_prefixes::<L, 4>(product, group, token),
+            (Packing::BaseThree, 2..) => tokens_by_prefixes::<L, 2>(product, group, token),
+            (Packing::BaseThree, _) => tokens_by_prefixes::<L, 1>(product, group, token),
         };
     }
 }
 
-/// `N` tokens against one group, the sums in registers.
+/// `N` tokens against one group of two-bit codes, the sums in registers. Gives `N`.
 #[inline(always)]
-fn tokens_at_once<L: DotLanes, const N: usize>(
-    blocks: &[[u8; BLOCK_BYTES]],
-    activations: &[i8],
-    out: &mut [[i32; ROWS]],
-) {
-    const { assert!(N <= MAX_TILE) };
-    let rows: [&[[i8; BLOCK]]; N] = std::array::from_fn(|t| {
-        let columns = blocks.len() * BLOCK;
-        activations[t * columns..(t + 1) * columns].as_chunks::<BLOCK>().0
-    });
-    let mut sums = [L::zero(); N];
-    for (b, block) in blocks.iter().enumerate() {
-        let planes = L::unpack(block);
-        for t in 0..N {
-            sums[t] = L::dot(sums[t], &planes, &rows[t][b]);
+fn tokens_at_once<L: DotLanes, const N: usize>(product: &Product<'_>, group: usize, token: usize) -> usize {
+    let (blocks, _) = product.weights.group(group).as_chunks::<BLOCK_BYTES>();
+    let rows: [&[[i32; 4]]; N] = std::array::from_fn(|n| product.activations.row(token + n).as_chunks().0);
+    let mut sums = [[0i32; ROWS]; N];
+    let mut done = 0;
+    for run in blocks.chunks((L::RUN / 4).max(1)) {
+        let activations: [&[[i32; 4]]; N] = rows.map(|row| &row[done..done + run.len()]);
+        let mut partial = [[L::zero(); 4]; N];
+        for (b, block) in run.iter().enumerate() {
+            L::prefetch(block.as_ptr().wrapping_add(AHEAD));
+            let planes = L::unpack(block);
+            for n in 0..N {
+                for p in 0..4 {
+                    let chain = p % L::CHAINS;
+                    partial[n][chain] = L::mac(partial[n][chain], planes[p], L::broadcast(activations[n][b][p]));
+                }
+            }
         }
+        for n in 0..N {
+            for chain in 0..L::CHAINS {
+                L::fold(partial[n][chain], &mut sums[n]);
+            }
+        }
+        done += run.len();
     }
-    for t in 0..N {
-        L::store(sums[t], &mut out[t]);
+    for n in 0..N {
+        product.finish(token + n, group, [&sums[n]]);
     }
+    N
+}
+
+/// `N` tokens against one group in base three, by the prefixes of its words. Gives `N`.
+#[inline(always)]
+fn tokens_by_prefixes<L: DotLanes, const N: usize>(product: &Product<'_>, group: usize, token: usize) -> usize {
+    let (blocks, _) = product.weights.group(group).as_chunks::<BLOCK_BYTES>();
+    let rows: [&[[i32; 10]]; N] = std::array::from_fn(|n| product.activations.row(token + n).as_chunks().0);
+    let mut sums = [[0i32; ROWS]; N];
+    let mut done = 0;
+    // A prefix is at most 3^j - 1 and its factor at most 127 + 3 * 128: less than 2^20 a block.
+    for run in blocks.chunks(2048) {
+        let pairs: [&[[i32; 10]]; N] = rows.map(|row| &row[done..done + run.len()]);
+        let mut partial = [[L::zero_sums(); 5]; N];
+        for (b, block) in run.iter().enumerate() {
+            L::prefetch(block.as_ptr().wrapping_add(AHEAD));
+            let mut words = L::words(block);
+            for half in 0..2 {
+                for (j, factor) in [3, 9, 27, 81, 243].into_iter().enumerate() {
+                    let prefixes = L::upper_product(words, factor);
+                    for n in 0..N {
+                        // Five chains for one or two tokens; for more a token's own sums hide the latency.
+                        let chain = if N > 2 { 0 } else { j };
+                        partial[n][chain] =
+                            L::mac_words(partial[n][chain], prefixes, L::broadcast(pairs[n][b][5 * half + j]));
+                    }
+                }
+                words = L::lower_product(words, 243);
+            }
+        }
+        for n in 0..N {
+            for partial in partial[n] {
+                L::fold_sums(partial, &mut sums[n]);
+            }
+        }
+        done += run.len();
+    }
+    for n in 0..N {
+        product.finish(token + n, group, [&sums[n]]);
+    }
+    N
+}
+
+/// Unpacks a base-three block into five planes of codes.
+#[inline(always)]
+pub(super) fn unpack_base3<L: DotLanes>(block: &[u8; BLOCK_BYTES]) -> [L::Codes; 5] {
+    let mut words = L::words(block);
+    let mut codes = [words; 10];
+    for half in 0..2 {
+        // `c_j = p_j - 3 p_(j-1)`.
+        let mut before = L::upper_product(words, 3);
+        codes[5 * half] = before;
+        for (j, factor) in [9, 27, 81, 243].into_iter().enumerate() {
+            let prefix = L::upper_product(words, factor);
+            codes[5 * half + j + 1] = L::minus_thrice(prefix, before);
+            before = prefix;
+        }
+        words = L::lower_product(words, 243);
+    }
+    let mut planes = [L::interleave(codes[0], codes[1]); 5];
+    for p in 1..5 {
+        planes[p] = L::interleave(codes[2 * p], codes[2 * p + 1]);
+    }
+    planes
 }

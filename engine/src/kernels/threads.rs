@@ -72,23 +72,19 @@ impl Threads {
         }
     }
 
-    /// Calls `f(i, chunk)` for every `size`-long chunk of `data`; `scratch` makes a thread's working memory.
-    pub(crate) fn for_each_chunk<T: Send, S: Send>(
+    /// Calls `f(i, chunk)` for every `size`-long chunk of `data`.
+    pub(crate) fn for_each_chunk<T: Send>(
         &self,
         data: &mut [T],
         size: usize,
         worth: bool,
-        scratch: impl Fn() -> S + Sync + Send,
-        f: impl Fn(usize, &mut [T], &mut S) + Sync + Send,
+        f: impl Fn(usize, &mut [T]) + Sync + Send,
     ) {
         match &self.pool {
             Some(_) if worth && data.len() > size => {
-                data.par_chunks_mut(size).enumerate().for_each_init(&scratch, |s, (i, chunk)| f(i, chunk, s))
+                data.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk))
             }
-            _ => {
-                let mut s = scratch();
-                data.chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk, &mut s));
-            }
+            _ => data.chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk)),
         }
     }
 }
@@ -109,7 +105,7 @@ mod tests {
             let threads = Threads::new(Some(count)).unwrap();
             let mut data = vec![0u32; 1001];
             threads.enter(|| {
-                threads.for_each_chunk(&mut data, 10, true, || (), |i, c, ()| c.iter_mut().for_each(|x| *x += i as u32))
+                threads.for_each_chunk(&mut data, 10, true, |i, c| c.iter_mut().for_each(|x| *x += i as u32))
             });
             assert!(data.iter().enumerate().all(|(j, &x)| x as usize == j / 10));
         }

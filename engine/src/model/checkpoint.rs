@@ -8,6 +8,7 @@ use bitnet_contracts::Result;
 use super::description::ModelDescription;
 use super::gguf::{GgufModel, GgufSource, TensorType};
 use super::hf_folder::HfCheckpoint;
+use super::mapped_file::FilePart;
 use super::tokenizer::Tokenizer;
 use super::weights::{FloatMatrix, TernaryTensor};
 
@@ -75,7 +76,8 @@ impl Checkpoint {
     /// Opens a checkpoint.
     ///
     /// The weight files are memory-mapped while they are read. A file that another process shortens in that time ends this one
-    /// with SIGBUS, as with every mapped file; one that changes is read as it is at that moment and checked as usual.
+    /// with SIGBUS, as with every mapped file; one that changes is read as it is at that moment and checked as usual. What stays in
+    /// its file after loading is read with ordinary calls: a file that is shorter by then is an error.
     ///
     /// # Errors
     /// `ModelError` naming the file, `ConfigurationError` naming the key.
@@ -185,6 +187,11 @@ impl Checkpoint {
     /// The bytes of a tensor as the file has them.
     pub(super) fn stored_bytes(&self, name: &str, shape: &[usize]) -> Result<&[u8]> {
         either!(self, stored_bytes(name, shape))
+    }
+
+    /// The bytes of a tensor, to be read later; None when they are in memory.
+    pub(super) fn stored_part(&self, name: &str) -> Result<Option<FilePart>> {
+        either!(self, stored_part(name))
     }
 
     /// Lets the system drop the pages of a tensor that has been read.

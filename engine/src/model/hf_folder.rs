@@ -14,7 +14,7 @@ use serde::Deserialize;
 use super::TensorSummary;
 use super::description::{ModelDescription, WeightScale};
 use super::gguf::TensorType;
-use super::mapped_file::{loading_failed, open_regular};
+use super::mapped_file::{FilePart, loading_failed, open_regular};
 use super::safetensors_file::SafetensorsFile;
 use super::weights::{FloatMatrix, FloatValues, TernarySource, TernaryTensor};
 use crate::ternary::{HfPacked, usable_scale};
@@ -225,6 +225,12 @@ impl HfCheckpoint {
         let place = self.place(name)?;
         expect_shape(name, place, shape)?;
         self.bytes(place)
+    }
+
+    /// The bytes of a tensor, to be read later.
+    pub(super) fn stored_part(&self, name: &str) -> Result<Option<FilePart>> {
+        let place = self.place(name)?;
+        Ok(self.files[place.file].part(place.offsets))
     }
 
     /// The values of a float tensor, all finite.

@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bitnet_contracts::{ModelError, Result};
 use memmap2::Mmap;
 
 enum Bytes {
-    Mapped(Mmap),
+    Mapped(Mmap, Arc<File>),
     Owned(Cow<'static, [u8]>),
 }
 
@@ -30,7 +31,7 @@ impl MappedFile {
         // the system raise SIGBUS on access; the documentation of `Checkpoint::open` says so. Values are copied out at load and
         // checked as they are copied, so a file that merely changes cannot break an invariant.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| loading_failed(path, &e))?;
-        Ok(Self { path: path.to_path_buf(), bytes: Bytes::Mapped(map) })
+        Ok(Self { path: path.to_path_buf(), bytes: Bytes::Mapped(map, Arc::new(file)) })
     }
 
     /// Bytes in memory; `path` is for error messages.
@@ -46,8 +47,18 @@ impl MappedFile {
     /// All bytes.
     pub(super) fn bytes(&self) -> &[u8] {
         match &self.bytes {
-            Bytes::Mapped(map) => map,
+            Bytes::Mapped(map, _) => map,
             Bytes::Owned(bytes) => bytes,
+        }
+    }
+
+    /// The bytes of `range`, to be read from the file later; None for a file in memory and where the system cannot read at a place.
+    pub(super) fn part(&self, range: Range<usize>) -> Option<FilePart> {
+        match &self.bytes {
+            Bytes::Mapped(map, file) if cfg!(unix) && range.end <= map.len() => {
+                Some(FilePart { file: file.clone(), path: self.path.clone(), range })
+            }
+            _ => None,
         }
     }
 
@@ -55,7 +66,7 @@ impl MappedFile {
     /// range is beyond the file is left out.
     pub(super) fn release(&self, range: Range<usize>) {
         #[cfg(unix)]
-        if let Bytes::Mapped(map) = &self.bytes {
+        if let Bytes::Mapped(map, _) = &self.bytes {
             let end = range.end.min(map.len());
             let start = range.start.min(end);
             // SAFETY: `start..end` is within the map, so that no other memory is advised on. The map is file-backed and read-only:
@@ -64,6 +75,32 @@ impl MappedFile {
         }
         #[cfg(not(unix))]
         let _ = range;
+    }
+}
+
+/// Some bytes of an open file, read when they are asked for. The file may be renamed or deleted meanwhile.
+#[derive(Debug)]
+pub(super) struct FilePart {
+    file: Arc<File>,
+    path: PathBuf,
+    range: Range<usize>,
+}
+
+impl FilePart {
+    /// Fills `out` with the bytes from `at` on.
+    ///
+    /// # Errors
+    /// `ModelError::LoadingFailed`, also when the file has become shorter.
+    pub(super) fn read(&self, at: usize, out: &mut [u8]) -> Result<()> {
+        let start = self.range.start.saturating_add(at);
+        if start.saturating_add(out.len()) > self.range.end {
+            return Err(loading_failed(&self.path, &"a row outside its tensor"));
+        }
+        #[cfg(unix)]
+        let outcome = std::os::unix::fs::FileExt::read_exact_at(&*self.file, out, start as u64);
+        #[cfg(not(unix))]
+        let outcome: std::io::Result<()> = Err(std::io::ErrorKind::Unsupported.into());
+        outcome.map_err(|e| loading_failed(&self.path, &e))
     }
 }
 

@@ -9,6 +9,7 @@ mod hf_write;
 mod mapped_file;
 mod plan;
 mod safetensors_file;
+mod table;
 mod tokenizer;
 mod weights;
 
@@ -17,5 +18,6 @@ pub use description::{Activation, ModelDescription, WeightScale};
 pub use gguf::{GgufOptions, GgufSource};
 pub use hf_write::write_hf_packed;
 pub use plan::Part;
+pub(crate) use table::FloatTable;
 pub use tokenizer::Tokenizer;
 pub use weights::{FloatMatrix, FloatRows, TernaryTensor};

@@ -7,7 +7,7 @@ use bitnet_contracts::{ModelError, Result};
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
 
-use super::mapped_file::MappedFile;
+use super::mapped_file::{FilePart, MappedFile};
 
 /// An open file. The `safetensors` crate has checked the header: its length, the offsets, that they tile the rest of the file.
 pub(super) struct SafetensorsFile {
@@ -56,6 +56,11 @@ impl SafetensorsFile {
             }
             .into()
         })
+    }
+
+    /// The bytes at `offsets` of the data section, to be read later.
+    pub(super) fn part(&self, offsets: (usize, usize)) -> Option<FilePart> {
+        self.file.part(self.data + offsets.0..self.data + offsets.1.max(offsets.0))
     }
 
     /// Lets the system drop the pages at `offsets` of the data section.

@@ -38,7 +38,25 @@ pub enum FloatRows<'a> {
     },
 }
 
+impl FloatRows<'_> {
+    /// Copies the values into `out`, widened to f32 (exact).
+    pub(super) fn widen(&self, out: &mut [f32]) {
+        match self {
+            FloatRows::Bf16 { values, .. } => {
+                out.iter_mut().zip(*values).for_each(|(o, &v)| *o = bf16::from_bits(v).to_f32())
+            }
+            FloatRows::F32 { values, .. } => out.copy_from_slice(values),
+        }
+    }
+}
+
 impl FloatMatrix {
+    #[cfg(test)]
+    pub(crate) fn from_f32(rows: usize, columns: usize, values: Vec<f32>) -> Self {
+        assert_eq!(values.len(), rows * columns);
+        Self { rows, columns, values: FloatValues::F32(values) }
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows
@@ -89,12 +107,7 @@ impl FloatMatrix {
 
     /// Copies row `row` into `out`, widened to f32 (exact).
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        match self.view(row, 1) {
-            FloatRows::Bf16 { values, .. } => {
-                out.iter_mut().zip(values).for_each(|(o, &v)| *o = bf16::from_bits(v).to_f32())
-            }
-            FloatRows::F32 { values, .. } => out.copy_from_slice(values),
-        }
+        self.view(row, 1).widen(out);
     }
 }
 

@@ -1,73 +1,103 @@
-//! The layout that the kernels read: 2 bits a trit, sixteen rows interleaved.
+//! The layouts that the kernels read: sixteen rows interleaved, so that one 32-bit lane of a 64-byte block is one row.
 //!
+//! Two bits a trit, 16 columns a block:
 //! ```text
 //! row group g (rows 16g .. 16g+15), column block b (columns 16b .. 16b+15): 64 bytes
 //!   byte 4*row + j      bits 7 6    5 4    3 2    1 0
 //!   holds column        16b+12+j    16b+8+j    16b+4+j    16b+j      as trit + 1
 //! ```
-//! Read as 32-bit lanes a block is one lane a row, and after a shift and a mask by 3 four consecutive columns of it: what an
-//! unsigned-by-signed byte dot product wants, with the activations as one broadcast dword. Missing rows and columns at the edges
-//! hold code 1 (trit 0). Bytes: `ceil(rows / 16) * ceil(columns / 16) * 64`.
+//! After a shift and a mask by 3 a lane is four consecutive columns of its row: what an unsigned-by-signed byte dot product wants, with
+//! the activations as one broadcast dword.
+//!
+//! Base three, 20 columns a block (1.6 bits a trit): a lane is two 16-bit words of ten codes each,
+//! ```text
+//!   word 2*row          columns 20b + 0  1  4  5  8   9  12 13 16 17     c0 .. c9, codes trit + 1
+//!   word 2*row + 1      columns 20b + 2  3  6  7 10  11  14 15 18 19
+//!   as ceil(N * 65536 / 59049), N = c0 3^9 + c1 3^8 + .. + c9
+//! ```
+//! a fraction of one in 16 bits: the upper half of its product with `3^j` is the number that its first `j` codes spell in base three.
+//! A product of weights and activations needs no more than those prefixes `p_j`, since `c_j = p_j - 3 p_(j-1)` and so
+//! `sum c_j a_j = sum p_j (a_j - 3 a_(j+1))`: one multiplication and one multiply-add a code, exact in integers.
+//!
+//! Missing rows and columns at the edges hold code 1 (trit 0). Bytes: `ceil(rows / 16) * blocks * 64`.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use bitnet_contracts::{MemoryError, Result};
 
-use crate::kernels::Threads;
+use crate::kernels::{Pages, Threads};
 
 const ROWS: usize = 16;
-const BLOCK: usize = 16;
-const BLOCK_BYTES: usize = ROWS * BLOCK / 4;
-/// Four times code 1: trit 0 everywhere.
-const ZEROES: u8 = 0b01_01_01_01;
+const BLOCK_BYTES: usize = 64;
+
+/// How trits are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packing {
+    /// Two bits a trit: the fewest instructions.
+    TwoBits,
+    /// Ten trits in sixteen bits: the fewest bytes.
+    BaseThree,
+}
+
+impl Packing {
+    /// Both.
+    pub const ALL: [Packing; 2] = [Packing::TwoBits, Packing::BaseThree];
+
+    /// Columns of one 64-byte block.
+    pub(crate) const fn block(self) -> usize {
+        match self {
+            Packing::TwoBits => 16,
+            Packing::BaseThree => 20,
+        }
+    }
+
+    /// Bytes of a packed matrix, if there are so many.
+    fn bytes(self, rows: usize, columns: usize) -> Option<usize> {
+        rows.div_ceil(ROWS).checked_mul(columns.div_ceil(self.block()))?.checked_mul(BLOCK_BYTES)
+    }
+}
+
+/// Codes of one word of a base-three lane.
+const WORD: usize = 10;
+
+/// The column, within its block, of code `k` of word `word` of a base-three lane.
+const fn base3_column(word: usize, k: usize) -> usize {
+    4 * (k / 2) + 2 * word + k % 2
+}
 
 /// A ternary matrix with one scale, packed for the kernels.
 #[derive(Debug)]
 pub struct InterleavedMatrix {
-    data: Vec<u8>,
+    /// Several matrices lie in one block of memory, one behind the other as they are read.
+    pages: Arc<Pages>,
+    start: usize,
+    packing: Packing,
     rows: usize,
     columns: usize,
     scale: f32,
 }
 
+/// A matrix to pack.
+pub struct TritSource<'a> {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub columns: usize,
+    /// The dense value of trit 1.
+    pub scale: f32,
+    /// Writes the trits (-1, 0, 1) of a row.
+    pub row: &'a (dyn Fn(usize, &mut [i8]) -> Result<()> + Sync),
+}
+
 impl InterleavedMatrix {
-    /// Packs a `[rows, columns]` matrix whose row `r` is written by `row(r, out)`; the dense value of a trit is `trit * scale`.
+    /// Packs one `[rows, columns]` matrix.
     ///
     /// # Errors
-    /// `MemoryError::AllocationFailed`, and what `row` returns.
-    pub fn pack(
-        rows: usize,
-        columns: usize,
-        scale: f32,
-        threads: &Threads,
-        row: &(dyn Fn(usize, &mut [i8]) -> Result<()> + Sync),
-    ) -> Result<Self> {
-        let groups = rows.div_ceil(ROWS);
-        let blocks = columns.div_ceil(BLOCK);
-        let bytes = groups.checked_mul(blocks).and_then(|n| n.checked_mul(BLOCK_BYTES)).unwrap_or(usize::MAX);
-        let mut data = Vec::new();
-        data.try_reserve_exact(bytes)
-            .map_err(|e| MemoryError::AllocationFailed { size_bytes: bytes, reason: e.to_string() })?;
-        data.resize(bytes, ZEROES);
-        let failure = Mutex::new(None);
-        threads.for_each_chunk(
-            &mut data,
-            (blocks * BLOCK_BYTES).max(1),
-            true,
-            || vec![0i8; columns],
-            |g, group, trits| {
-                for r in 0..ROWS.min(rows - g * ROWS) {
-                    match row(g * ROWS + r, trits) {
-                        Ok(()) => pack_row(trits, r, group),
-                        Err(error) => *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error),
-                    }
-                }
-            },
-        );
-        match failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
-            Some(error) => Err(error),
-            None => Ok(Self { data, rows, columns, scale }),
-        }
+    /// `MemoryError::AllocationFailed`, and what the source returns.
+    pub fn pack(source: &TritSource<'_>, packing: Packing, threads: &Threads) -> Result<Self> {
+        let mut packer = Packer::new(packing, [(source.rows, source.columns)])?;
+        packer.add(source, threads)?;
+        packer.finish().pop().ok_or_else(|| MemoryError::PoolExhausted { pool_type: "matrices".to_string() }.into())
     }
 
     /// Output features.
@@ -85,6 +115,11 @@ impl InterleavedMatrix {
         self.rows.div_ceil(ROWS)
     }
 
+    /// How the trits are packed.
+    pub fn packing(&self) -> Packing {
+        self.packing
+    }
+
     /// The dense value of trit 1.
     pub fn scale(&self) -> f32 {
         self.scale
@@ -92,37 +127,164 @@ impl InterleavedMatrix {
 
     /// Bytes held.
     pub fn memory_bytes(&self) -> usize {
-        self.data.capacity()
+        self.packing.bytes(self.rows, self.columns).unwrap_or(0)
     }
 
     /// The blocks of row group `group`.
     pub(crate) fn group(&self, group: usize) -> &[u8] {
-        let bytes = self.columns.div_ceil(BLOCK) * BLOCK_BYTES;
-        &self.data[group * bytes..(group + 1) * bytes]
+        let bytes = self.columns.div_ceil(self.packing.block()) * BLOCK_BYTES;
+        let start = self.start + group * bytes;
+        &self.pages[start..start + bytes]
     }
 
     /// Unpacks row `row` into `columns` trits.
     pub fn unpack_row(&self, row: usize, out: &mut [i8]) {
         let group = self.group(row / ROWS);
-        for (column, o) in out.iter_mut().enumerate() {
-            let (block, c) = (column / BLOCK, column % BLOCK);
-            let byte = group[block * BLOCK_BYTES + 4 * (row % ROWS) + c % 4];
-            *o = ((byte >> (2 * (c / 4))) & 3) as i8 - 1;
+        let blocks = group.as_chunks::<BLOCK_BYTES>().0;
+        for (out, block) in out.chunks_mut(self.packing.block()).zip(blocks) {
+            let lane = &block[4 * (row % ROWS)..][..4];
+            match self.packing {
+                Packing::TwoBits => {
+                    for (c, o) in out.iter_mut().enumerate() {
+                        *o = ((lane[c % 4] >> (2 * (c / 4))) & 3) as i8 - 1;
+                    }
+                }
+                Packing::BaseThree => {
+                    for (word, bytes) in lane.as_chunks::<2>().0.iter().enumerate() {
+                        let mut fraction = u16::from_le_bytes(*bytes);
+                        for k in 0..WORD {
+                            let product = u32::from(fraction) * 3;
+                            fraction = product as u16;
+                            if let Some(o) = out.get_mut(base3_column(word, k)) {
+                                *o = (product >> 16) as i8 - 1;
+                            }
+                        }
+                    }
+                }
+            }
         }
     }
 }
 
-/// Writes the trits of row `r` of a group into its blocks.
-fn pack_row(trits: &[i8], r: usize, group: &mut [u8]) {
-    for (trits, block) in trits.chunks(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
-        let mut codes = [1u8; BLOCK];
-        for (code, &t) in codes.iter_mut().zip(trits) {
-            *code = (t + 1) as u8;
+/// Several matrices being packed into one block of memory.
+pub struct Packer {
+    packing: Packing,
+    pages: Pages,
+    used: usize,
+    /// Start, rows, columns and scale of each matrix.
+    done: Vec<(usize, usize, usize, f32)>,
+}
+
+impl Packer {
+    /// Room for matrices of these shapes, `(rows, columns)`.
+    ///
+    /// # Errors
+    /// `MemoryError::AllocationFailed`.
+    pub fn new(packing: Packing, shapes: impl IntoIterator<Item = (usize, usize)>) -> Result<Self> {
+        let total = shapes
+            .into_iter()
+            .try_fold(0usize, |sum, (rows, columns)| sum.checked_add(packing.bytes(rows, columns)?))
+            .unwrap_or(usize::MAX);
+        Ok(Self { packing, pages: Pages::zeroed(total)?, used: 0, done: Vec::new() })
+    }
+
+    /// Packs the next matrix.
+    ///
+    /// # Errors
+    /// What the source returns; `MemoryError::PoolExhausted` for a matrix that no room was asked for.
+    pub fn add(&mut self, source: &TritSource<'_>, threads: &Threads) -> Result<()> {
+        let &TritSource { rows, columns, scale, row } = source;
+        let start = self.used;
+        let packing = self.packing;
+        let place = packing
+            .bytes(rows, columns)
+            .and_then(|bytes| self.pages.get_mut(start..start.checked_add(bytes)?))
+            .ok_or_else(|| MemoryError::PoolExhausted { pool_type: "packed matrices".to_string() })?;
+        let end = start + place.len();
+        let failure = Mutex::new(None);
+        threads.for_each_chunk(place, (columns.div_ceil(packing.block()) * BLOCK_BYTES).max(1), true, |g, group| {
+            let mut trits = vec![0i8; columns];
+            for r in 0..ROWS {
+                if g * ROWS + r >= rows {
+                    trits.fill(0);
+                } else if let Err(error) = row(g * ROWS + r, &mut trits) {
+                    *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
+                    return;
+                }
+                match packing {
+                    Packing::TwoBits => pack_two_bits(&trits, r, group),
+                    Packing::BaseThree => pack_base3(&trits, r, group),
+                }
+            }
+        });
+        if let Some(error) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
+            return Err(error);
         }
+        self.used = end;
+        self.done.push((start, rows, columns, scale));
+        Ok(())
+    }
+
+    /// The matrices in the order in which they were added.
+    pub fn finish(self) -> Vec<InterleavedMatrix> {
+        let pages = Arc::new(self.pages);
+        let packing = self.packing;
+        let matrix = |(start, rows, columns, scale)| InterleavedMatrix {
+            pages: pages.clone(),
+            start,
+            packing,
+            rows,
+            columns,
+            scale,
+        };
+        self.done.into_iter().map(matrix).collect()
+    }
+}
+
+/// Writes the trits of row `r` of a group into its blocks.
+fn pack_two_bits(trits: &[i8], r: usize, group: &mut [u8]) {
+    const BLOCK: usize = Packing::TwoBits.block();
+    for (trits, block) in trits.chunks(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
+        let codes = codes::<BLOCK, BLOCK>(trits);
         for j in 0..4 {
             block[4 * r + j] = codes[j] | codes[4 + j] << 2 | codes[8 + j] << 4 | codes[12 + j] << 6;
         }
     }
+}
+
+/// As [`pack_two_bits`], in base three.
+fn pack_base3(trits: &[i8], r: usize, group: &mut [u8]) {
+    const BLOCK: usize = Packing::BaseThree.block();
+    for (trits, block) in trits.chunks(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
+        // Two codes of a plane at a time: in every sixteen bits `(even + 256 odd) * (1 + 256 * 3)` has `3 even + odd` as its upper byte.
+        let codes = codes::<24, BLOCK>(trits);
+        let mut pairs = [0u8; 24];
+        for (codes, pairs) in codes.as_chunks::<8>().0.iter().zip(pairs.as_chunks_mut::<8>().0) {
+            *pairs = u64::from_le_bytes(*codes).wrapping_mul(0x0301).to_le_bytes();
+        }
+        for word in 0..2 {
+            let number = (0..WORD / 2).fold(0, |n, m| 9 * n + u32::from(pairs[4 * m + 2 * word + 1]));
+            // The smallest 16-bit fraction that is not below number / 3^10.
+            let fraction = (number << 16).div_ceil(59_049);
+            block[4 * r + 2 * word..][..2].copy_from_slice(&(fraction as u16).to_le_bytes());
+        }
+    }
+}
+
+/// Trits plus one; 1 for those that are missing in a block of `N`.
+#[inline]
+fn codes<const LEN: usize, const N: usize>(trits: &[i8]) -> [u8; LEN] {
+    let mut codes = [1u8; LEN];
+    if let Ok(trits) = <&[i8; N]>::try_from(trits) {
+        for i in 0..N {
+            codes[i] = (trits[i] + 1) as u8;
+        }
+    } else {
+        for (code, &t) in codes.iter_mut().zip(trits) {
+            *code = (t + 1) as u8;
+        }
+    }
+    codes
 }
 
 #[cfg(test)]
@@ -134,32 +296,62 @@ mod tests {
         #[test]
         fn unpacking_gives_back_what_was_packed(rows in 1usize..40, columns in 1usize..70, seed in any::<u64>()) {
             let trit = |r: usize, c: usize| ((seed ^ (r * 1009 + c) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as i64 % 3 - 1;
-            let matrix = InterleavedMatrix::pack(rows, columns, 1.0, &Threads::new(Some(2)).unwrap(), &|r, out| {
+            let row = |r: usize, out: &mut [i8]| {
                 out.iter_mut().enumerate().for_each(|(c, o)| *o = trit(r, c) as i8);
                 Ok(())
-            }).unwrap();
-            prop_assert_eq!(matrix.memory_bytes(), rows.div_ceil(16) * columns.div_ceil(16) * 64);
-            for r in 0..rows {
-                let mut out = vec![9i8; columns];
-                matrix.unpack_row(r, &mut out);
-                for (c, &o) in out.iter().enumerate() {
-                    prop_assert_eq!(i64::from(o), trit(r, c));
+            };
+            let source = TritSource { rows, columns, scale: 1.0, row: &row };
+            let threads = Threads::new(Some(2)).unwrap();
+            for packing in Packing::ALL {
+                let mut packer = Packer::new(packing, [(rows, columns), (rows, columns)]).unwrap();
+                packer.add(&source, &threads).unwrap();
+                packer.add(&source, &threads).unwrap();
+                prop_assert!(packer.add(&source, &threads).is_err(), "no room for a third");
+                let matrix = packer.finish().pop().unwrap();
+                prop_assert_eq!(matrix.memory_bytes(), rows.div_ceil(16) * columns.div_ceil(packing.block()) * 64);
+                for r in 0..rows {
+                    let mut out = vec![9i8; columns];
+                    matrix.unpack_row(r, &mut out);
+                    for (c, &o) in out.iter().enumerate() {
+                        prop_assert_eq!(i64::from(o), trit(r, c));
+                    }
                 }
+            }
+        }
+    }
+
+    /// Every word of ten codes: the prefixes come out of one multiplication each.
+    #[test]
+    fn prefixes_of_every_base_three_word_are_right() {
+        for number in 0..59_049u32 {
+            let digit = |k: u32| number / 3u32.pow(9 - k) % 3;
+            let mut trits = [0i8; 20];
+            (0..WORD).for_each(|k| trits[base3_column(0, k)] = digit(k as u32) as i8 - 1);
+            let mut group = [0u8; BLOCK_BYTES];
+            pack_base3(&trits, 0, &mut group);
+            let mut word = u16::from_le_bytes([group[0], group[1]]);
+            for half in 0..2 {
+                let mut prefix = 0;
+                for j in 0..5 {
+                    prefix = 3 * prefix + digit(5 * half + j);
+                    assert_eq!((u32::from(word) * 3u32.pow(j + 1)) >> 16, prefix, "number {number}");
+                }
+                word = word.wrapping_mul(243);
             }
         }
     }
 
     #[test]
     fn an_impossible_size_is_an_error() {
-        assert!(
-            InterleavedMatrix::pack(usize::MAX, usize::MAX, 1.0, &Threads::new(Some(1)).unwrap(), &|_, _| Ok(()))
-                .is_err()
-        );
+        let source = TritSource { rows: usize::MAX, columns: usize::MAX, scale: 1.0, row: &|_, _| Ok(()) };
+        assert!(InterleavedMatrix::pack(&source, Packing::BaseThree, &Threads::new(Some(1)).unwrap()).is_err());
+        assert!(Packer::new(Packing::TwoBits, [(usize::MAX / 8, 16), (usize::MAX / 8, 16)]).is_err());
     }
 
     #[test]
     fn an_error_of_the_source_is_passed_on() {
         let fail = |_: usize, _: &mut [i8]| Err(MemoryError::PoolExhausted { pool_type: "test".into() }.into());
-        assert!(InterleavedMatrix::pack(3, 3, 1.0, &Threads::new(Some(1)).unwrap(), &fail).is_err());
+        let source = TritSource { rows: 3, columns: 3, scale: 1.0, row: &fail };
+        assert!(InterleavedMatrix::pack(&source, Packing::BaseThree, &Threads::new(Some(1)).unwrap()).is_err());
     }
 }

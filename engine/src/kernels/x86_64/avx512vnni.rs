@@ -2,28 +2,38 @@
 
 use std::arch::x86_64::*;
 
-use crate::kernels::ternary_tile::{BLOCK, BLOCK_BYTES, DotLanes, ROWS};
+use crate::kernels::attention::FloatLanes;
+use crate::kernels::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS};
 use crate::kernels::{Isa, kernel_table};
+use crate::ternary::interleaved::Packing;
 
-kernel_table!(Isa::Avx512Vnni, Avx512Vnni, "avx512f,avx512bw,avx512vl,avx512vnni,avx2");
+// Two groups by twelve tokens: 24 registers of sums, 2 of codes, the rest for activations on their way.
+kernel_table!(Isa::Avx512Vnni, Avx512Vnni, Packing::BaseThree, panel: (2, 12), heads: (4, 4), "avx512f,avx512bw,avx512vl,avx512vnni,avx2");
 
-/// One `__m512i`.
+/// One register.
 struct Avx512Vnni;
 
 // SAFETY (of every block below): the methods are inlined into entries compiled for these features, which run after the CPU was
-// found to have them (`Kernels::of`); loads and stores stay inside the fixed-size arrays that the references point to.
+// found to have them (`Kernels::of`); loads and stores stay inside the fixed-size arrays that the references point to, and a
+// prefetch may name any address.
 impl DotLanes for Avx512Vnni {
-    const TILE: usize = 8;
-    type Planes = [__m512i; 4];
+    type Codes = __m512i;
+    type Dword = __m512i;
+    type Partial = __m512i;
+    type Words = __m512i;
     type Sums = __m512i;
+    // A step adds at most 4 * 2 * 128: two million steps fit.
+    const RUN: usize = 1 << 20;
+    const RUN_4BIT: usize = 1 << 17;
+    const CHAINS: usize = 4;
 
     #[inline(always)]
-    fn zero() -> Self::Sums {
+    fn zero() -> Self::Partial {
         unsafe { _mm512_setzero_si512() }
     }
 
     #[inline(always)]
-    fn unpack(block: &[u8; BLOCK_BYTES]) -> Self::Planes {
+    fn unpack(block: &[u8; BLOCK_BYTES]) -> [Self::Codes; 4] {
         unsafe {
             let mask = _mm512_set1_epi8(3);
             let v = _mm512_loadu_si512(block.as_ptr().cast());
@@ -37,18 +47,109 @@ impl DotLanes for Avx512Vnni {
     }
 
     #[inline(always)]
-    fn dot(mut sums: Self::Sums, planes: &Self::Planes, activations: &[i8; BLOCK]) -> Self::Sums {
+    fn unpack_4bit(block: &[u8; BLOCK_BYTES]) -> [Self::Codes; 2] {
         unsafe {
-            let dwords = activations.as_ptr().cast::<i32>();
-            for (p, plane) in planes.iter().enumerate() {
-                sums = _mm512_dpbusd_epi32(sums, *plane, _mm512_set1_epi32(dwords.add(p).read_unaligned()));
-            }
-            sums
+            let mask = _mm512_set1_epi8(15);
+            let v = _mm512_loadu_si512(block.as_ptr().cast());
+            [_mm512_and_si512(v, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(v), mask)]
         }
     }
 
     #[inline(always)]
-    fn store(sums: Self::Sums, out: &mut [i32; ROWS]) {
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sums) }
+    fn load(line: &Line) -> Self::Codes {
+        unsafe { _mm512_load_si512(line.0.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store(codes: Self::Codes, line: &mut Line) {
+        unsafe { _mm512_store_si512(line.0.as_mut_ptr().cast(), codes) }
+    }
+
+    #[inline(always)]
+    fn broadcast(dword: i32) -> Self::Dword {
+        unsafe { _mm512_set1_epi32(dword) }
+    }
+
+    #[inline(always)]
+    fn mac(partial: Self::Partial, codes: Self::Codes, activations: Self::Dword) -> Self::Partial {
+        unsafe { _mm512_dpbusd_epi32(partial, codes, activations) }
+    }
+
+    #[inline(always)]
+    fn fold(partial: Self::Partial, sums: &mut [i32; ROWS]) {
+        unsafe {
+            let sum = _mm512_loadu_si512(sums.as_ptr().cast());
+            _mm512_storeu_si512(sums.as_mut_ptr().cast(), _mm512_add_epi32(sum, partial));
+        }
+    }
+
+    #[inline(always)]
+    fn words(block: &[u8; BLOCK_BYTES]) -> Self::Words {
+        unsafe { _mm512_loadu_si512(block.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn upper_product(words: Self::Words, factor: u16) -> Self::Words {
+        unsafe { _mm512_mulhi_epu16(words, _mm512_set1_epi16(factor as i16)) }
+    }
+
+    #[inline(always)]
+    fn lower_product(words: Self::Words, factor: u16) -> Self::Words {
+        unsafe { _mm512_mullo_epi16(words, _mm512_set1_epi16(factor as i16)) }
+    }
+
+    #[inline(always)]
+    fn minus_thrice(a: Self::Words, b: Self::Words) -> Self::Words {
+        unsafe { _mm512_sub_epi16(a, _mm512_add_epi16(b, _mm512_add_epi16(b, b))) }
+    }
+
+    #[inline(always)]
+    fn interleave(even: Self::Words, odd: Self::Words) -> Self::Codes {
+        unsafe { _mm512_or_si512(even, _mm512_slli_epi16::<8>(odd)) }
+    }
+
+    #[inline(always)]
+    fn zero_sums() -> Self::Sums {
+        Self::zero()
+    }
+
+    #[inline(always)]
+    fn mac_words(sums: Self::Sums, words: Self::Words, pair: Self::Dword) -> Self::Sums {
+        unsafe { _mm512_dpwssd_epi32(sums, words, pair) }
+    }
+
+    #[inline(always)]
+    fn fold_sums(more: Self::Sums, sums: &mut [i32; ROWS]) {
+        Self::fold(more, sums)
+    }
+
+    #[inline(always)]
+    fn prefetch(address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+// SAFETY: as above.
+impl FloatLanes for Avx512Vnni {
+    type Floats = __m512;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self::Floats {
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn load(x: &[f32; 16]) -> Self::Floats {
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(v: Self::Floats, out: &mut [f32; 16]) {
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn add_product(sum: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        unsafe { _mm512_add_ps(sum, _mm512_mul_ps(a, b)) }
     }
 }

@@ -20,7 +20,7 @@ use super::limits::*;
 use super::tensor_type::TensorType;
 use super::value::{Number, ValueType, array_header, number, skip, value_type};
 use super::{GgufOptions, overlap};
-use crate::model::mapped_file::MappedFile;
+use crate::model::mapped_file::{FilePart, MappedFile};
 
 /// Where a value lies.
 #[derive(Debug, Clone, Copy)]
@@ -364,6 +364,11 @@ impl GgufFile {
             .checked_add(len)
             .and_then(|end| self.file.bytes().get(start..end))
             .ok_or_else(|| broken(self.path(), format!("truncated: {len} bytes at {start} are not there")))
+    }
+
+    /// The bytes of a tensor, to be read later.
+    pub(in crate::model) fn part(&self, tensor: &GgufTensor) -> Option<FilePart> {
+        self.file.part(tensor.start..tensor.start.checked_add(tensor.bytes)?)
     }
 
     /// Lets the system drop the pages of `bytes` bytes from `start` on.

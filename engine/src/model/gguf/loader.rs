@@ -13,6 +13,7 @@ use super::{
 };
 use crate::model::TensorSummary;
 use crate::model::description::ModelDescription;
+use crate::model::mapped_file::FilePart;
 use crate::model::weights::{FloatMatrix, FloatValues, TernarySource, TernaryTensor};
 use crate::ternary::tl_kernel::TlKernels;
 use crate::ternary::{I2S, I2sLayout, Iq1Bn, Iq2Bn, PackedRows, Tl1, Tl2, TlKernel, Tq1_0, Tq2_0, usable_scale};
@@ -137,6 +138,11 @@ impl GgufModel {
         let (name, tensor) = self.tensor(name)?;
         self.expect_shape(&name, tensor, shape)?;
         self.file.data(tensor)
+    }
+
+    /// The bytes of a tensor under its Hugging Face name, to be read later.
+    pub(in crate::model) fn stored_part(&self, name: &str) -> Result<Option<FilePart>> {
+        Ok(self.file.part(self.tensor(name)?.1))
     }
 
     /// The values of a float tensor under its Hugging Face name, all finite.
