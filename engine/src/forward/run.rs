@@ -84,6 +84,7 @@ pub(super) struct Buffers {
     pub(super) q: Vec<f32>,
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
+    /// `[KV heads, rows, width of a group]`.
     pub(super) attended: Vec<f32>,
     pub(super) gate: Vec<f32>,
     pub(super) up: Vec<f32>,
@@ -317,8 +318,14 @@ impl Run {
     /// RMSNorm of the heads' outputs, then int8.
     pub(super) fn sub_norm_and_quantize(&mut self, gain: &[f32], what: &str, layer: usize) -> Result<()> {
         let (kernels, eps, h, x) = (self.kernels, self.eps, self.hidden, &self.buffers.attended);
-        let row = |r: usize, out: &mut [f32], _: &mut [f32]| kernels.rms_norm(&x[r * h..(r + 1) * h], gain, eps, out);
-        let outcome = self.quantized.fill(kernels, &self.threads, x.len() / h, h, row);
+        let (rows, width) = (x.len() / h, h / self.kv_heads);
+        let row = |r: usize, out: &mut [f32], whole: &mut [f32]| {
+            for (head, part) in whole.chunks_exact_mut(width).enumerate() {
+                part.copy_from_slice(&x[(head * rows + r) * width..][..width]);
+            }
+            kernels.rms_norm(whole, gain, eps, out)
+        };
+        let outcome = self.quantized.fill(kernels, &self.threads, rows, h, row);
         self.quantized(outcome, what, layer)
     }
 
@@ -368,14 +375,15 @@ impl Run {
         let (d, kv_heads, kernels) = (self.head_dim, self.kv_heads, self.kernels);
         let width = self.hidden / kv_heads;
         let Buffers { q, angles, attended, .. } = &mut self.buffers;
-        // One piece of work is one KV head of one row: its group of query heads lies together.
+        // One piece of work is one KV head of one row: its group of query heads lies together. Rows of one head follow each other, so
+        // that they find its keys and values in the cache.
         let piece = |i: usize, out: &mut [f32], scratch: &mut Scratch| {
-            let (row, head) = (&rows[i / kv_heads], i % kv_heads);
+            let (head, row_index) = (i / rows.len(), i % rows.len());
+            let row = &rows[row_index];
             let total = row.position + 1;
-            let row_index = i / kv_heads;
             let Scratch { queries, scores } = scratch;
             queries.clear();
-            queries.extend_from_slice(&q[i * width..(i + 1) * width]);
+            queries.extend_from_slice(&q[(row_index * kv_heads + head) * width..][..width]);
             rope.apply(queries, &angles[row_index * d..(row_index + 1) * d]);
             scores.clear();
             scores.resize(width / d * total, 0.0);
@@ -392,7 +400,7 @@ impl Run {
             let mut scratch = Scratch::default();
             for (i, out) in attended.chunks_exact_mut(width).enumerate() {
                 piece(i, out, &mut scratch);
-                weights.record(layer, &rows[i / kv_heads], i % kv_heads, &scratch.scores);
+                weights.record(layer, &rows[i % rows.len()], i / rows.len(), &scratch.scores);
             }
         } else {
             let work: usize = rows.iter().map(|row| (row.position + 1) * self.hidden).sum();
