@@ -260,6 +260,7 @@ impl CpuEngine {
             embedding_time: times.embedding,
             attention_time: times.attention,
             feedforward_time: times.feed_forward,
+            // The final norm; a layer's norms are one pass with the quantisation behind them and timed there.
             normalization_time: times.normalization,
             logits_time: times.logits,
             quantization_time: times.quantization,
