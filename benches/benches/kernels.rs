@@ -25,7 +25,8 @@ fn ternary(c: &mut Criterion) {
     };
     let source = TritSource { rows: ROWS, columns: COLUMNS, scale: 1.0, row: &row };
     for packing in Packing::ALL {
-        let weights = InterleavedMatrix::pack(&source, packing, &threads).expect("six million weights fit");
+        let packer = Kernels::of(Isa::best()).expect("the best there is").with_packing(packing);
+        let weights = InterleavedMatrix::pack(&source, &packer, &threads).expect("six million weights fit");
         for tokens in [1, 132] {
             let x: Vec<f32> = (0..tokens * COLUMNS).map(|i| activation(i / COLUMNS, i % COLUMNS)).collect();
             let mut group = c.benchmark_group(format!("ternary {ROWS}x{COLUMNS}, {packing:?}, {tokens} tokens"));

@@ -45,6 +45,13 @@ struct Shared {
     options: EngineOptions,
 }
 
+impl Shared {
+    /// An empty cache.
+    fn cache(&self) -> CpuCache {
+        CpuCache::new(&self.model.description, self.options.kv)
+    }
+}
+
 impl CpuEngine {
     /// Loads a Hugging Face folder (packed or master weights, one file or shards) or a GGUF file.
     ///
@@ -99,7 +106,7 @@ impl CpuEngine {
     fn caller(shared: Arc<Shared>) -> Self {
         let mut engine = Self {
             run: Run::new(&shared.model, shared.kernels, shared.threads.clone()),
-            session: CpuCache::new(&shared.model.description),
+            session: shared.cache(),
             session_len: 0,
             logits: Vec::new(),
             peak: 0,
@@ -182,6 +189,22 @@ impl CpuEngine {
             Logits::All(logits) => (0..).zip(logits.iter().copied()).fold(none, larger).0,
             Logits::Largest(logits) => logits.iter().copied().fold(none, larger).0,
         })
+    }
+
+    /// Positions of this caller's session.
+    pub fn session_len(&self) -> usize {
+        self.session_len
+    }
+
+    /// Forgets the positions of this caller's session from `len` on; with fewer than that, nothing changes.
+    pub fn rewind(&mut self, len: usize) {
+        // The pages stay: what they hold is never read before it is written again.
+        self.session_len = self.session_len.min(len);
+    }
+
+    /// Bytes of keys and values that attention reads for every position behind it.
+    pub fn bytes_per_position(&self) -> usize {
+        self.session.bytes_per_position()
     }
 
     /// Appends `tokens` to the session.
@@ -303,13 +326,13 @@ impl BitNetInference for CpuEngine {
         self.run.take_times();
         let (logits, observed, cache_bytes) = match kv_cache {
             None => {
-                let mut cache = CpuCache::new(&shared.model.description);
+                let mut cache = shared.cache();
                 let (logits, observed) = self.run_batch(&batch, &mut cache)?;
                 (logits, observed, cache.bytes())
             }
             Some(cache) => {
                 let held = cache.len();
-                let storage = cache.storage(&shared.owner, || Ok(CpuCache::new(&shared.model.description)))?;
+                let storage = cache.storage(&shared.owner, || Ok(shared.cache()))?;
                 if held > 0 && storage.batch() != batch.batch {
                     return Err(session::batch_mismatch(storage.batch(), batch.batch));
                 }
@@ -369,7 +392,7 @@ impl BitNetInference for CpuEngine {
     }
 
     fn reset(&mut self) -> Result<()> {
-        self.session = CpuCache::new(&self.shared.model.description);
+        self.session = self.shared.cache();
         self.session_len = 0;
         Ok(())
     }

@@ -18,6 +18,9 @@ pub struct EngineOptions {
     /// Copy a large bf16 embedding or head into memory (CPU backend only); otherwise it stays in its file, of which a step of
     /// generation reads a few rows.
     pub weights_in_memory: bool,
+    /// How keys and values are kept (CPU backend only). Other formats than f32 change the logits a little, and those of one format are
+    /// the same bits on every way as ever.
+    pub kv: crate::kernels::KvFormat,
     /// Give the attention probabilities of every layer in `InferenceOutput::attention_weights`.
     pub output_attentions: bool,
     /// Give the final normed states in `InferenceOutput::hidden_states`.
@@ -43,6 +46,13 @@ impl EngineOptions {
     #[must_use]
     pub fn with_weights_in_memory(mut self) -> Self {
         self.weights_in_memory = true;
+        self
+    }
+
+    /// With keys and values kept as `kv`.
+    #[must_use]
+    pub fn with_kv(mut self, kv: crate::kernels::KvFormat) -> Self {
+        self.kv = kv;
         self
     }
 

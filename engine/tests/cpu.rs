@@ -1,7 +1,7 @@
 //! The CPU engine beyond what the conformance suite asks: bit-identity over instruction sets and threads, loading, memory.
 
 use bitnet_contracts::*;
-use bitnet_engine::kernels::Isa;
+use bitnet_engine::kernels::{Isa, KvFormat};
 use bitnet_engine::model::{Checkpoint, ModelSource};
 use bitnet_engine::{CpuEngine, EngineOptions};
 
@@ -40,6 +40,43 @@ fn logits_are_the_same_bits_on_every_path() {
             assert!(chunked == reference, "{isa}, {threads} threads, in chunks");
         }
     }
+}
+
+/// Behind 256 positions the threads share a row: bits may not show it, nor where the steps are cut, in any format of keys and values. A
+/// narrower format is near f32, and takes its share of the memory.
+#[rstest::rstest]
+#[case(KvFormat::F32, 1.0, 0.0)]
+#[case(KvFormat::F16, 0.5, 0.02)]
+#[case(KvFormat::Int8, 68.0 / 256.0, 0.05)]
+fn keys_and_values_of_every_format_behind_many_positions(#[case] kv: KvFormat, #[case] share: f64, #[case] most: f32) {
+    let tokens = prompt(420, 4096);
+    let (prefix, steps) = tokens.split_at(415);
+    let run = |kv, threads, isa, cut: usize| {
+        let options = EngineOptions::default().with_isa(isa).with_threads(threads).with_kv(kv);
+        let mut engine = CpuEngine::embedded(&options).unwrap();
+        let mut cache = KVCache::new(512);
+        engine.forward(&ids(prefix, 1), Some(&mut cache)).unwrap();
+        let mut logits = Vec::new();
+        for piece in [&steps[..cut], &steps[cut..]] {
+            let output = engine.forward(&ids(piece, 1), Some(&mut cache)).unwrap();
+            logits.extend(output.logits.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        }
+        (logits, cache.memory_bytes())
+    };
+    let (reference, bytes) = run(kv, 1, Isa::Portable, 1);
+    for isa in Isa::available() {
+        for (threads, cut) in [(2, 4), (7, 2)] {
+            let (logits, _) = run(kv, threads, isa, cut);
+            assert!(logits.iter().map(|l| l.to_bits()).eq(reference.iter().map(|l| l.to_bits())), "{isa}, {threads}");
+        }
+    }
+    let (exact, all) = run(KvFormat::F32, 2, Isa::best(), 1);
+    let largest = exact.iter().fold(0f32, |m, l| m.max(l.abs()));
+    let worst = exact.iter().zip(&reference).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+    println!("{kv}: {} of the bytes, off by {} of the largest", bytes as f64 / all as f64, worst / largest);
+    assert!(worst <= most * largest, "{kv} is off by {worst}, the largest logit is {largest}");
+    assert!(kv == KvFormat::F32 || worst > 0.0, "{kv} was not used");
+    assert!((bytes as f64 - share * all as f64).abs() < 0.01 * all as f64, "{kv}: {bytes} of {all}");
 }
 
 #[test]

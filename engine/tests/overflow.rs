@@ -2,6 +2,7 @@
 //! through softmax, not through a norm or a quantiser.
 
 use bitnet_contracts::*;
+use bitnet_engine::kernels::KvFormat;
 use bitnet_engine::{CpuEngine, EngineOptions};
 
 /// A preset on disk with all elements of some f32 tensors replaced, or only those from an offset on.
@@ -51,6 +52,23 @@ fn overflow_is_an_error_with_a_place(#[case] projections: &[&str], #[case] scale
     let error = engine.forward(&ids(&[1, 2, 3, 4]), None).unwrap_err();
     assert_eq!(details(error), format!("NaN or infinity in {place}"));
     assert!(engine.generate(&[1, 2], 2, &GenerationConfig::greedy()).is_err());
+}
+
+/// A value of 1e6 or so: f16 has no place for it, int8 takes it by its step.
+#[test]
+fn a_format_of_keys_and_values_that_is_too_narrow_says_so() {
+    let folder = patched(&[("model.layers.1.self_attn.v_proj.weight_scale", 0, 1, 1e6)]);
+    let run = |kv| {
+        let mut engine = CpuEngine::load(folder.path(), &EngineOptions::default().with_kv(kv)).unwrap();
+        let mut cache = KVCache::new(8);
+        let outcome = engine.forward(&ids(&[1, 2, 3, 4]), Some(&mut cache)).map(|_| ());
+        assert_eq!(cache.len(), if outcome.is_ok() { 4 } else { 0 });
+        outcome
+    };
+    run(KvFormat::F32).unwrap();
+    run(KvFormat::Int8).unwrap();
+    let told = details(run(KvFormat::F16).unwrap_err());
+    assert_eq!(told, "a key or value of layer 1 at position 0 is beyond the cache's f16");
 }
 
 /// A token that overflows in a call on a filled cache: the pass fails late, and the cache does not show it.

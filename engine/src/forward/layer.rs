@@ -59,7 +59,7 @@ impl Layer {
         ];
         ternary_matmul(run.kernels, &run.threads, &run.quantized, jobs);
         run.lap(|t| &mut t.attention);
-        run.rotate_and_store(rope, index, rows, cache);
+        run.rotate_and_store(rope, index, rows, cache)?;
         run.attend(rope, index, rows, cache, observed);
         run.lap(|t| &mut t.attention);
         run.sub_norm_and_quantize(&self.attention_sub_norm, "attention sub-norm", index)?;

@@ -2,14 +2,16 @@
 //!
 //! A token's way through: embedding row → per layer (see `layer.rs`) → final norm → head → logits.
 
+mod attention;
 mod cache;
 mod layer;
 mod rope;
 mod run;
 mod transformer;
 
+pub(crate) use attention::AttentionWeights;
 pub(crate) use cache::CpuCache;
-pub(crate) use run::{AttentionWeights, Observed, Row, Run, Times, Wanted};
+pub(crate) use run::{Observed, Row, Run, Times, Wanted};
 pub(crate) use transformer::Transformer;
 
 #[cfg(test)]

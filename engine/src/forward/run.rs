@@ -1,25 +1,23 @@
 //! What one caller works with: kernels, threads, buffers that are allocated once, and the clock.
 
-use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use bitnet_contracts::{ForwardPassError, Result};
 
+use super::attention::AttentionWeights;
 use super::cache::CpuCache;
 use super::layer::TernaryLinear;
 use super::rope::Rope;
 use super::transformer::Transformer;
 use crate::kernels::{
-    AttendArgs, HeadAndState, Kernels, QuantizedActivations, RowFailure, ScreenScratch, TernaryJob, Threads,
-    head_matmul, ternary_matmul,
+    HeadAndState, Kernels, QuantizedActivations, RowFailure, ScreenScratch, TernaryJob, Threads, head_matmul,
+    ternary_matmul,
 };
 use crate::model::Activation;
 
 /// Most rows that go through a layer together, a multiple of every panel's tile. Longer inputs are cut; where does not show in the
 /// results. A layer's weights are read once for so many tokens.
 const MAX_ROWS: usize = 264;
-/// Attention work (positions x width) below which threads are not worth their start.
-const WORTH_ATTENTION: usize = 1 << 16;
 
 /// One token of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,19 +61,6 @@ pub(crate) struct Observed {
     pub(crate) hidden: Option<Vec<f32>>,
 }
 
-/// Attention probabilities of one call.
-#[derive(Debug)]
-pub(crate) struct AttentionWeights {
-    /// Positions before this call.
-    pub(crate) start: usize,
-    /// New positions of this call.
-    pub(crate) new: usize,
-    /// Query heads.
-    pub(crate) heads: usize,
-    /// `[layers]` of `[batch, heads, new, start + new]`, zero above the diagonal.
-    pub(crate) layers: Vec<Vec<f32>>,
-}
-
 /// Buffers for up to [`MAX_ROWS`] rows, `[rows, width]` each.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
@@ -88,7 +73,9 @@ pub(super) struct Buffers {
     pub(super) attended: Vec<f32>,
     pub(super) gate: Vec<f32>,
     pub(super) up: Vec<f32>,
-    angles: Vec<f32>,
+    pub(super) angles: Vec<f32>,
+    /// Attention of one row by all threads: queries, scores, outputs.
+    pub(super) deep: [Vec<f32>; 3],
 }
 
 /// One caller's state. Results never depend on what ran before.
@@ -142,7 +129,7 @@ impl Run {
     pub(crate) fn memory_bytes(&self) -> (usize, usize) {
         let b = &self.buffers;
         let floats = [&b.x, &b.normed, &b.q, &b.k, &b.v, &b.attended, &b.gate, &b.up, &b.angles];
-        let floats: usize = floats.iter().map(|v| v.capacity() * 4).sum();
+        let floats: usize = floats.into_iter().chain(&b.deep).map(|v| v.capacity() * 4).sum();
         (floats, self.quantized.memory_bytes() + self.screen.memory_bytes())
     }
 
@@ -158,30 +145,27 @@ impl Run {
         mut wanted: Wanted<'_>,
         observed: &mut Observed,
     ) -> Result<()> {
-        let threads = self.threads.clone();
-        threads.enter(|| {
-            let vocabulary = model.description.vocab_size;
-            // Pieces of about one length, whole tiles.
-            let pieces = rows.len().div_ceil(MAX_ROWS).max(1);
-            let piece = rows.len().div_ceil(pieces).next_multiple_of(self.kernels.tile_tokens());
-            let mut done = 0;
-            for chunk in rows.chunks(piece) {
-                self.layers(model, chunk, cache, observed)?;
-                let first = done;
-                done += chunk.len();
-                match &mut wanted {
-                    Wanted::Every(logits) => {
-                        self.logits(model, 0, &mut logits[first * vocabulary..done * vocabulary])?;
-                    }
-                    Wanted::Last(logits) if done == rows.len() => self.logits(model, chunk.len() - 1, logits)?,
-                    Wanted::Largest { top, also, enough } if done == rows.len() => {
-                        **enough = self.largest_logits(model, chunk.len() - 1, *top, also)?;
-                    }
-                    Wanted::Last(_) | Wanted::Largest { .. } => {}
+        let vocabulary = model.description.vocab_size;
+        // Pieces of about one length, whole tiles.
+        let pieces = rows.len().div_ceil(MAX_ROWS).max(1);
+        let piece = rows.len().div_ceil(pieces).next_multiple_of(self.kernels.tile_tokens());
+        let mut done = 0;
+        for chunk in rows.chunks(piece) {
+            self.layers(model, chunk, cache, observed)?;
+            let first = done;
+            done += chunk.len();
+            match &mut wanted {
+                Wanted::Every(logits) => {
+                    self.logits(model, 0, &mut logits[first * vocabulary..done * vocabulary])?;
                 }
+                Wanted::Last(logits) if done == rows.len() => self.logits(model, chunk.len() - 1, logits)?,
+                Wanted::Largest { top, also, enough } if done == rows.len() => {
+                    **enough = self.largest_logits(model, chunk.len() - 1, *top, also)?;
+                }
+                Wanted::Last(_) | Wanted::Largest { .. } => {}
             }
-            Ok(())
-        })
+        }
+        Ok(())
     }
 
     /// What the last call with [`Wanted::Largest`] found.
@@ -194,9 +178,8 @@ impl Run {
     /// # Errors
     /// As [`Self::forward`].
     pub(crate) fn last_logits(&mut self, model: &Transformer, out: &mut [f32]) -> Result<()> {
-        let threads = self.threads.clone();
         let rows = self.buffers.normed.len() / self.hidden;
-        threads.enter(|| self.logits(model, rows - 1, out))
+        self.logits(model, rows - 1, out)
     }
 
     /// Embedding rows into the residual stream, RoPE angles of the rows' positions.
@@ -352,93 +335,27 @@ impl Run {
     }
 
     /// RoPE on keys; keys and values into the cache.
-    pub(super) fn rotate_and_store(&mut self, rope: &Rope, layer: usize, rows: &[Row], cache: &mut CpuCache) {
+    ///
+    /// # Errors
+    /// `ForwardPassError::NumericalInstability` for what the cache's format cannot keep.
+    pub(super) fn rotate_and_store(
+        &mut self,
+        rope: &Rope,
+        layer: usize,
+        rows: &[Row],
+        cache: &mut CpuCache,
+    ) -> Result<()> {
         let kv = self.kv_heads * self.head_dim;
         let b = &mut self.buffers;
         for (r, row) in rows.iter().enumerate() {
             let angles = &b.angles[r * rope.head_dim()..(r + 1) * rope.head_dim()];
             let key = &mut b.k[r * kv..(r + 1) * kv];
             rope.apply(key, angles);
-            cache.write(row.sequence, layer, row.position, key, &b.v[r * kv..(r + 1) * kv]);
-        }
-    }
-
-    /// RoPE on queries, then attention of every row over its own sequence up to its own position.
-    pub(super) fn attend(
-        &mut self,
-        rope: &Rope,
-        layer: usize,
-        rows: &[Row],
-        cache: &CpuCache,
-        observed: &mut Observed,
-    ) {
-        let (d, kv_heads, kernels) = (self.head_dim, self.kv_heads, self.kernels);
-        let width = self.hidden / kv_heads;
-        let Buffers { q, angles, attended, .. } = &mut self.buffers;
-        // One piece of work is one KV head of one row: its group of query heads lies together. Rows of one head follow each other, so
-        // that they find its keys and values in the cache.
-        let piece = |i: usize, out: &mut [f32], scratch: &mut Scratch| {
-            let (head, row_index) = (i / rows.len(), i % rows.len());
-            let row = &rows[row_index];
-            let total = row.position + 1;
-            let Scratch { queries, scores } = scratch;
-            queries.clear();
-            queries.extend_from_slice(&q[(row_index * kv_heads + head) * width..][..width]);
-            rope.apply(queries, &angles[row_index * d..(row_index + 1) * d]);
-            scores.clear();
-            scores.resize(width / d * total, 0.0);
-            let args = AttendArgs {
-                queries,
-                keys: &|page| cache.keys(row.sequence, layer, head, page),
-                values: &|page| cache.values(row.sequence, layer, head, page),
-                total,
-                head_dim: d,
-            };
-            kernels.attend(&args, scores, out);
-        };
-        if let Some(weights) = &mut observed.attention {
-            let mut scratch = Scratch::default();
-            for (i, out) in attended.chunks_exact_mut(width).enumerate() {
-                piece(i, out, &mut scratch);
-                weights.record(layer, &rows[i % rows.len()], i / rows.len(), &scratch.scores);
+            if !cache.write(row.sequence, layer, row.position, key, &b.v[r * kv..(r + 1) * kv]) {
+                return Err(cache.cannot_keep(layer, row.position));
             }
-        } else {
-            let work: usize = rows.iter().map(|row| (row.position + 1) * self.hidden).sum();
-            self.threads.for_each_chunk(attended, width, work >= WORTH_ATTENTION, |i, out| {
-                SCRATCH.with_borrow_mut(|scratch| piece(i, out, scratch))
-            });
         }
-    }
-}
-
-/// Working memory of one piece of attention.
-#[derive(Default)]
-struct Scratch {
-    queries: Vec<f32>,
-    scores: Vec<f32>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { queries: Vec::new(), scores: Vec::new() }) };
-}
-
-impl AttentionWeights {
-    /// Zeroes for `batch` sequences.
-    pub(crate) fn new(model: &Transformer, batch: usize, start: usize, new: usize) -> Self {
-        let heads = model.description.num_attention_heads;
-        let layers = vec![vec![0.0; batch * heads * new * (start + new)]; model.description.num_layers];
-        Self { start, new, heads, layers }
-    }
-
-    /// Copies one group's probabilities, `[group, position + 1]`.
-    fn record(&mut self, layer: usize, row: &Row, kv_head: usize, scores: &[f32]) {
-        let (seen, total) = (row.position + 1, self.start + self.new);
-        let group = scores.len() / seen;
-        for (g, probabilities) in scores.chunks_exact(seen).enumerate() {
-            let head = row.sequence * self.heads + kv_head * group + g;
-            let at = (head * self.new + row.position - self.start) * total;
-            self.layers[layer][at..at + seen].copy_from_slice(probabilities);
-        }
+        Ok(())
     }
 }
 

@@ -6,7 +6,7 @@ use golden::{Derivation, Semantics};
 
 use super::run::{Observed, Row, Run};
 use super::{CpuCache, Transformer};
-use crate::kernels::{Isa, Kernels, Threads};
+use crate::kernels::{Isa, Kernels, KvFormat, Threads};
 use crate::model::{Checkpoint, ModelSource};
 
 #[test]
@@ -30,7 +30,7 @@ fn the_first_layer_is_the_traced_one() -> Result<()> {
             .map(|(position, &token)| Row { sequence: 0, position, token })
             .collect();
         let mut run = Run::new(&model, Kernels::of(Isa::best())?, threads);
-        let mut cache = CpuCache::new(&model.description);
+        let mut cache = CpuCache::new(&model.description, KvFormat::F32);
         cache.reserve(1, rows.len())?;
         run.first_layer(&model, &rows, &mut cache, &mut Observed::default())?;
         let b = &run.buffers;

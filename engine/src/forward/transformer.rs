@@ -33,13 +33,10 @@ impl Transformer {
         let d = checkpoint.description().clone();
         let h = d.hidden_size;
         let layers = (0..d.num_layers).map(|n| load_layer(checkpoint, kernels, threads, n)).collect::<Result<_>>()?;
-        let head = if d.tie_word_embeddings {
-            None
-        } else {
-            Some(checkpoint.table("lm_head.weight", d.vocab_size, h, in_memory)?)
-        };
-        let embedding = checkpoint.table("model.embed_tokens.weight", d.vocab_size, h, in_memory)?;
-        let screen = threads.enter(|| HeadScreen::new(head.as_ref().unwrap_or(&embedding), kernels, threads))?;
+        let table = |name| checkpoint.table(name, d.vocab_size, h, in_memory, threads);
+        let head = if d.tie_word_embeddings { None } else { Some(table("lm_head.weight")?) };
+        let embedding = table("model.embed_tokens.weight")?;
+        let screen = HeadScreen::new(head.as_ref().unwrap_or(&embedding), kernels, threads)?;
         Ok(Self {
             embedding,
             screen,
@@ -93,11 +90,11 @@ fn load_layer(checkpoint: &Checkpoint, kernels: &Kernels, threads: &Threads, n: 
     // Every tensor is held against the file before room is made for any.
     let tensors = linears.map(|(part, rows, columns)| checkpoint.ternary(&name(part), rows, columns));
     let tensors = tensors.into_iter().collect::<Result<Vec<_>>>()?;
-    let mut packer = Packer::new(kernels.packing(), linears.map(|(_, rows, columns)| (rows, columns)))?;
+    let mut packer = Packer::new(kernels, linears.map(|(_, rows, columns)| (rows, columns)))?;
     for (tensor, (part, rows, columns)) in tensors.into_iter().zip(linears) {
         let row = |r: usize, out: &mut [i8]| tensor.row(r, out);
         let source = TritSource { rows, columns, scale: tensor.scale(), row: &row };
-        threads.enter(|| packer.add(&source, threads))?;
+        packer.add(&source, threads)?;
         checkpoint.release(&format!("{}.weight", name(part)));
     }
     let mut packed = packer.finish().into_iter();

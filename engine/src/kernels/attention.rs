@@ -7,7 +7,8 @@
 #![allow(clippy::needless_range_loop)] // Registers, tokens and groups are counted, several arrays at once.
 
 use super::AttendArgs;
-use super::float::softmax;
+use super::float::{exp_nonpositive, tree};
+use super::kv_page::{KvNumber, KvPage};
 
 /// Positions of one page of keys or values.
 pub(crate) const PAGE: usize = 64;
@@ -21,82 +22,220 @@ pub(crate) trait FloatLanes {
     fn splat(x: f32) -> Self::Floats;
     /// Reads sixteen.
     fn load(x: &[f32; 16]) -> Self::Floats;
+    /// Reads sixteen finite half-precision numbers.
+    fn load_f16(x: &[u16; 16]) -> Self::Floats;
+    /// Reads sixteen integers.
+    fn load_i8(x: &[i8; 16]) -> Self::Floats;
     /// Writes sixteen.
     fn store(v: Self::Floats, out: &mut [f32; 16]);
     /// `sum + a * b`, rounded twice.
     fn add_product(sum: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// Asks for the cache line of `address`, which need not be one of ours.
+    fn prefetch_line(address: *const u8);
 }
 
-/// See [`super::Kernels::attend`]: `softmax(q . k_j / sqrt(d))` over `0..total`, then the weighted sum of the values, for every query
-/// head of one KV group. `HEADS` heads share a read of keys or values; `WIDTH` vectors (1, 2 or 4) of each grow at a time.
+/// Scores of every query head of one KV group at the positions of the pages from `first` on: `q . k_j / sqrt(d)`. `out` is
+/// `[pages, group, 64]`; what is behind the last position is left as it is. `HEADS` heads share a read of keys; `WIDTH` vectors
+/// (1, 2 or 4) of each grow at a time.
 #[inline(always)]
-pub(super) fn attend<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
+pub(super) fn scores<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
     args: &AttendArgs<'_>,
-    scores: &mut [f32],
+    first: usize,
     out: &mut [f32],
 ) {
-    let AttendArgs { queries, keys, values, total, head_dim: d } = *args;
+    let AttendArgs { queries, keys, total, head_dim: d, .. } = *args;
     let scale = 1.0 / (d as f32).sqrt();
-    for page in 0..total.div_ceil(PAGE) {
-        let (first, keys) = (page * PAGE, keys(page));
-        let seen = PAGE.min(total - first);
-        let (queries, queries_left) = (queries.chunks_exact(HEADS * d), queries.chunks_exact(HEADS * d).remainder());
-        let heads = queries.len() * HEADS;
-        for (i, queries) in queries.enumerate() {
-            page_scores::<L, HEADS, WIDTH>(
-                queries,
-                keys,
-                d,
-                scale,
-                &mut scores[i * HEADS * total + first..],
-                total,
-                seen,
-            );
-        }
-        for (i, query) in queries_left.chunks_exact(d).enumerate() {
-            page_scores::<L, 1, WIDTH>(query, keys, d, scale, &mut scores[(heads + i) * total + first..], total, seen);
-        }
-    }
-    for row in scores.chunks_exact_mut(total) {
-        softmax(row);
-    }
-    out.fill(0.0);
-    for page in 0..total.div_ceil(PAGE) {
-        let (first, values) = (page * PAGE, values(page));
-        let values = &values[..PAGE.min(total - first) * d];
-        let mut groups = out.chunks_exact_mut(HEADS * d);
-        let mut head = 0;
-        for out in groups.by_ref() {
-            page_values::<L, HEADS, WIDTH>(&scores[head * total + first..], total, values, d, out);
-            head += HEADS;
-        }
-        for out in groups.into_remainder().chunks_exact_mut(d) {
-            page_values::<L, 1, WIDTH>(&scores[head * total + first..], total, values, d, out);
-            head += 1;
+    let last = total.div_ceil(PAGE) - 1;
+    for (i, rows) in out.chunks_exact_mut(queries.len() / d * PAGE).enumerate() {
+        let page = first + i;
+        let seen = PAGE.min(total - page * PAGE);
+        let ahead = keys((page + 1).min(last)).address();
+        let scores = Scores { rows, seen, factors: [scale; PAGE] };
+        match keys(page) {
+            KvPage::F32(keys) => group_scores::<L, f32, HEADS, WIDTH>(queries, keys, d, scores, ahead),
+            KvPage::F16(keys) => group_scores::<L, u16, HEADS, WIDTH>(queries, keys, d, scores, ahead),
+            KvPage::Int8(keys, steps) => {
+                let mut factors = [0f32; PAGE];
+                for (factor, step) in factors.iter_mut().zip(steps) {
+                    *factor = scale * step;
+                }
+                group_scores::<L, i8, HEADS, WIDTH>(queries, keys, d, Scores { factors, ..scores }, ahead);
+            }
         }
     }
 }
 
-/// Scores of `HEADS` queries at the positions of one page: `scores[h * stride + j]` for `j` below `seen`.
+/// Softmax of each head's scores at `total` positions, in place; `scores` is `[pages, group, 64]`. In sixteen lanes, as every reduction.
 #[inline(always)]
-fn page_scores<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
-    queries: &[f32],
-    keys: &[f32],
-    d: usize,
-    scale: f32,
-    scores: &mut [f32],
-    stride: usize,
-    seen: usize,
+pub(super) fn probabilities(scores: &mut [f32], total: usize) {
+    let pages = total.div_ceil(PAGE);
+    let group = scores.len() / pages / PAGE;
+    for head in 0..group {
+        let place = |page: usize| {
+            let start = (page * group + head) * PAGE;
+            start..start + PAGE.min(total - page * PAGE)
+        };
+        // The maximum does not depend on the order; a NaN score makes the sum NaN and so shows in the output.
+        let larger = |m: f32, x: f32| if x > m { x } else { m };
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        for page in 0..pages {
+            let (body, tail) = scores[place(page)].as_chunks::<16>();
+            for chunk in body {
+                for l in 0..16 {
+                    lanes[l] = larger(lanes[l], chunk[l]);
+                }
+            }
+            for (lane, &x) in lanes.iter_mut().zip(tail) {
+                *lane = larger(*lane, x);
+            }
+        }
+        let max = lanes.into_iter().fold(f32::NEG_INFINITY, larger);
+        let mut lanes = [0f32; 16];
+        for page in 0..pages {
+            let (body, tail) = scores[place(page)].as_chunks_mut::<16>();
+            for chunk in body {
+                for l in 0..16 {
+                    chunk[l] = exp_nonpositive(chunk[l] - max);
+                    lanes[l] += chunk[l];
+                }
+            }
+            for (lane, x) in lanes.iter_mut().zip(tail) {
+                *x = exp_nonpositive(*x - max);
+                *lane += *x;
+            }
+        }
+        let sum = tree(lanes);
+        for page in 0..pages {
+            for x in &mut scores[place(page)] {
+                *x /= sum;
+            }
+        }
+    }
+}
+
+/// The sum over all positions of probability times value, for every query head of the group: dimensions `at` and on, as many as `out`,
+/// `[group, some of head_dim]`, has.
+#[inline(always)]
+pub(super) fn weighted_values<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
+    args: &AttendArgs<'_>,
+    probabilities: &[f32],
+    at: usize,
+    out: &mut [f32],
 ) {
+    let AttendArgs { queries, values, total, head_dim: d, .. } = *args;
+    let group = queries.len() / d;
+    let last = total.div_ceil(PAGE) - 1;
+    out.fill(0.0);
+    for (page, weights) in probabilities.chunks_exact(group * PAGE).enumerate() {
+        let seen = PAGE.min(total - page * PAGE);
+        let ahead = values((page + 1).min(last)).address();
+        let part = Part { seen, d, at, ahead };
+        match values(page) {
+            KvPage::F32(values) => group_values::<L, f32, HEADS, WIDTH>(weights, values, part, out),
+            KvPage::F16(values) => group_values::<L, u16, HEADS, WIDTH>(weights, values, part, out),
+            KvPage::Int8(values, steps) => {
+                let width = out.len() / group;
+                for (out, weights) in out.chunks_mut(HEADS * width).zip(weights.chunks(HEADS * PAGE)) {
+                    // A position's weight and the step of its values are one factor.
+                    let mut stepped = [[0f32; PAGE]; HEADS];
+                    for (stepped, weights) in stepped.iter_mut().zip(weights.chunks_exact(PAGE)) {
+                        for j in 0..seen {
+                            stepped[j] = weights[j] * steps[j];
+                        }
+                    }
+                    let stepped = &stepped.as_flattened()[..weights.len()];
+                    group_values::<L, i8, HEADS, WIDTH>(stepped, values, part, out);
+                }
+            }
+        }
+    }
+}
+
+/// Where the scores of one page go: `rows[64 * h + j]` for head `h` and `j` below `seen`, each the product with the key times
+/// `factors[j]`.
+struct Scores<'a> {
+    rows: &'a mut [f32],
+    seen: usize,
+    factors: [f32; PAGE],
+}
+
+/// Scores of all queries of a group at the positions of one page. The lines of the page at `ahead` are asked for on the way.
+#[inline(always)]
+fn group_scores<L: FloatLanes, E: KvNumber, const HEADS: usize, const WIDTH: usize>(
+    queries: &[f32],
+    keys: &[E],
+    d: usize,
+    mut scores: Scores<'_>,
+    ahead: *const u8,
+) {
+    let mut together = queries.chunks_exact(HEADS * d);
+    let mut head = 0;
+    for queries in together.by_ref() {
+        page_scores::<L, E, HEADS, WIDTH>(queries, keys, d, &mut scores, head, ahead);
+        head += HEADS;
+    }
+    for query in together.remainder().chunks_exact(d) {
+        page_scores::<L, E, 1, WIDTH>(query, keys, d, &mut scores, head, ahead);
+        head += 1;
+    }
+}
+
+/// Which part of a page of values: `seen` positions of `d` dimensions, of which those from `at` on; and the page to ask for.
+#[derive(Clone, Copy)]
+struct Part {
+    seen: usize,
+    d: usize,
+    at: usize,
+    ahead: *const u8,
+}
+
+/// Adds the values of one page, weighted, to the outputs of all heads of a group.
+#[inline(always)]
+fn group_values<L: FloatLanes, E: KvNumber, const HEADS: usize, const WIDTH: usize>(
+    weights: &[f32],
+    values: &[E],
+    part: Part,
+    out: &mut [f32],
+) {
+    let width = out.len() / (weights.len() / PAGE);
+    let mut together = out.chunks_exact_mut(HEADS * width);
+    let mut weights = weights.chunks_exact(PAGE);
+    for out in together.by_ref() {
+        let mut of_heads = [&[0f32; 0][..]; HEADS];
+        of_heads.iter_mut().zip(weights.by_ref()).for_each(|(w, weights)| *w = &weights[..part.seen]);
+        page_values::<L, E, HEADS, WIDTH>(&of_heads, values, part, out);
+    }
+    for (out, weights) in together.into_remainder().chunks_exact_mut(width).zip(weights) {
+        page_values::<L, E, 1, WIDTH>(&[&weights[..part.seen]], values, part, out);
+    }
+}
+
+/// Scores of `HEADS` queries from head `head` on.
+#[inline(always)]
+fn page_scores<L: FloatLanes, E: KvNumber, const HEADS: usize, const WIDTH: usize>(
+    queries: &[f32],
+    keys: &[E],
+    d: usize,
+    scores: &mut Scores<'_>,
+    head: usize,
+    ahead: *const u8,
+) {
+    let Scores { rows, seen, factors } = scores;
+    let (rows, seen) = (&mut rows[head * PAGE..], *seen);
+    let (factors, _) = factors.as_chunks::<16>();
     let (vectors, _) = keys.as_chunks::<16>();
     let (vectors, _) = vectors.as_chunks::<WIDTH>();
     let stretches = PAGE / 16 / WIDTH;
     for stretch in 0..seen.div_ceil(16 * WIDTH) {
         let mut sums = [[L::splat(0.0); WIDTH]; HEADS];
         for i in 0..d {
+            for line in 0..(16 * WIDTH * size_of::<E>()).div_ceil(64) {
+                let vector = (stretches * i + stretch) * 16 * WIDTH;
+                L::prefetch_line(ahead.wrapping_add(vector * size_of::<E>() + 64 * line));
+            }
             let mut key = [L::splat(0.0); WIDTH];
             for v in 0..WIDTH {
-                key[v] = L::load(&vectors[stretches * i + stretch][v]);
+                key[v] = E::load::<L>(&vectors[stretches * i + stretch][v]);
             }
             for h in 0..HEADS {
                 let q = L::splat(queries[h * d + i]);
@@ -113,15 +252,15 @@ fn page_scores<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
                 }
                 let mut row = [0f32; 16];
                 L::store(sums[h][v], &mut row);
-                let place = &mut scores[h * stride + first..][..16.min(seen - first)];
+                let (factors, place) = (&factors[first / 16], &mut rows[h * PAGE + first..][..16.min(seen - first)]);
                 // A whole vector at once; what is cut short one by one.
                 if let Ok(place) = <&mut [f32; 16]>::try_from(&mut *place) {
                     for l in 0..16 {
-                        place[l] = row[l] * scale;
+                        place[l] = row[l] * factors[l];
                     }
                 } else {
-                    for (score, sum) in place.iter_mut().zip(row) {
-                        *score = sum * scale;
+                    for (score, (sum, factor)) in place.iter_mut().zip(row.iter().zip(factors)) {
+                        *score = sum * factor;
                     }
                 }
             }
@@ -131,55 +270,60 @@ fn page_scores<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
 
 /// Adds the values of one page, weighted, to the outputs of `HEADS` heads.
 #[inline(always)]
-fn page_values<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
-    weights: &[f32],
-    stride: usize,
-    values: &[f32],
-    d: usize,
+fn page_values<L: FloatLanes, E: KvNumber, const HEADS: usize, const WIDTH: usize>(
+    weights: &[&[f32]; HEADS],
+    values: &[E],
+    part: Part,
     out: &mut [f32],
 ) {
-    let weights: [&[f32]; HEADS] = std::array::from_fn(|h| &weights[h * stride..][..values.len() / d]);
-    let mut at = 0;
-    while at + 16 * WIDTH <= d {
-        page_values_at::<L, HEADS, WIDTH>(&weights, values, d, at, out);
-        at += 16 * WIDTH;
+    let Part { d, at, .. } = part;
+    let width = out.len() / HEADS;
+    let mut done = 0;
+    while done + 16 * WIDTH <= width {
+        page_values_at::<L, E, HEADS, WIDTH>(weights, values, part, done, out);
+        done += 16 * WIDTH;
     }
-    while at + 16 <= d {
-        page_values_at::<L, HEADS, 1>(&weights, values, d, at, out);
-        at += 16;
+    while done + 16 <= width {
+        page_values_at::<L, E, HEADS, 1>(weights, values, part, done, out);
+        done += 16;
     }
-    if at < d {
-        for (j, value) in values.chunks_exact(d).enumerate() {
+    if done < width {
+        for (j, value) in values.chunks_exact(d).enumerate().take(part.seen) {
             for h in 0..HEADS {
-                for (o, v) in out[h * d + at..(h + 1) * d].iter_mut().zip(&value[at..]) {
-                    *o += weights[h][j] * v;
+                for (o, v) in out[h * width + done..(h + 1) * width].iter_mut().zip(&value[at + done..]) {
+                    *o += weights[h][j] * v.widen();
                 }
             }
         }
     }
 }
 
-/// Dimensions `at .. at + 16 * V` of [`page_values`].
+/// Outputs `done .. done + 16 * V` of [`page_values`].
 #[inline(always)]
-fn page_values_at<L: FloatLanes, const HEADS: usize, const V: usize>(
+fn page_values_at<L: FloatLanes, E: KvNumber, const HEADS: usize, const V: usize>(
     weights: &[&[f32]; HEADS],
-    values: &[f32],
-    d: usize,
-    at: usize,
+    values: &[E],
+    part: Part,
+    done: usize,
     out: &mut [f32],
 ) {
+    let Part { seen, d, at, ahead } = part;
+    let (width, at) = (out.len() / HEADS, at + done);
     let mut sums = [[L::splat(0.0); V]; HEADS];
     for h in 0..HEADS {
-        let (place, _) = out[h * d + at..].as_chunks::<16>();
+        let (place, _) = out[h * width + done..].as_chunks::<16>();
         for v in 0..V {
             sums[h][v] = L::load(&place[v]);
         }
     }
-    for (j, value) in values.chunks_exact(d).enumerate() {
+    for (j, value) in values.chunks_exact(d).enumerate().take(seen) {
+        for line in 0..(16 * V * size_of::<E>()).div_ceil(64) {
+            L::prefetch_line(ahead.wrapping_add((j * d + at) * size_of::<E>() + 64 * line));
+        }
         let (value, _) = value[at..].as_chunks::<16>();
         let mut loaded = [L::splat(0.0); V];
         for v in 0..V {
-            loaded[v] = L::load(&value[v]);
+            loaded[v] = E::load::<L>(&value[v]);
         }
         for h in 0..HEADS {
             let w = L::splat(weights[h][j]);
@@ -189,9 +333,118 @@ fn page_values_at<L: FloatLanes, const HEADS: usize, const V: usize>(
         }
     }
     for h in 0..HEADS {
-        let (place, _) = out[h * d + at..].as_chunks_mut::<16>();
+        let (place, _) = out[h * width + done..].as_chunks_mut::<16>();
         for v in 0..V {
             L::store(sums[h][v], &mut place[v]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::kv_page::{Order, write};
+    use crate::kernels::{Isa, Kernels, KvFormat};
+    use proptest::prelude::*;
+
+    /// Numbers in [-1, 1) from a seed.
+    fn numbers(seed: u64, count: usize) -> Vec<f32> {
+        let mut state = seed | 1;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    /// Pages of `total` positions and what they hold.
+    fn pages(format: KvFormat, order: Order, rows: &[f32], d: usize) -> (Vec<Vec<f32>>, Vec<f32>) {
+        let blank = || vec![0f32; format.page_bytes(d) / 4];
+        let mut pages: Vec<Vec<f32>> = (0..rows.len().div_ceil(d * PAGE)).map(|_| blank()).collect();
+        for (position, row) in rows.chunks_exact(d).enumerate() {
+            assert!(write(format, order, bytemuck::cast_slice_mut(&mut pages[position / PAGE]), position % PAGE, row));
+        }
+        let held = (0..rows.len()).map(|i| {
+            let (position, column) = (i / d, i % d);
+            let slot = position % PAGE;
+            let at = if order == Order::Keys { column * PAGE + slot } else { slot * d + column };
+            match KvPage::read(format, bytemuck::cast_slice(&pages[position / PAGE])) {
+                KvPage::F32(x) => x[at],
+                KvPage::F16(x) => x[at].widen(),
+                KvPage::Int8(x, steps) => x[at].widen() * steps[slot],
+            }
+        });
+        let held = held.collect();
+        (pages, held)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// In every format, whatever the width of a head and the size of a group: what plain f64 arithmetic gives on what the pages
+        /// hold, and the same bits on every instruction set.
+        #[test]
+        fn attention_is_right_and_the_same_bits_on_every_instruction_set(
+            total in 1usize..200,
+            d in (1usize..36).prop_map(|d| 2 * d),
+            group in 1usize..7,
+            seed in any::<u64>(),
+        ) {
+            let queries: Vec<f32> = numbers(seed, group * d).iter().map(|q| 4.0 * q).collect();
+            let (keys, values) = (numbers(seed ^ 2, total * d), numbers(seed ^ 4, total * d));
+            for format in KvFormat::ALL {
+                let (key_pages, keys) = pages(format, Order::Keys, &keys, d);
+                let (value_pages, values) = pages(format, Order::Values, &values, d);
+                let args = AttendArgs {
+                    queries: &queries,
+                    keys: &|page| KvPage::read(format, bytemuck::cast_slice(&key_pages[page])),
+                    values: &|page| KvPage::read(format, bytemuck::cast_slice(&value_pages[page])),
+                    total,
+                    head_dim: d,
+                };
+                let run = |isa| {
+                    let kernels = Kernels::of(isa).unwrap();
+                    let (mut scores, mut out) = (vec![7.0; args.score_floats()], vec![f32::NAN; group * d]);
+                    kernels.attend(&args, &mut scores, &mut out);
+                    // In parts, as several threads do it.
+                    let mut parts = vec![7.0; scores.len()];
+                    for (page, part) in parts.chunks_mut(group * PAGE).enumerate() {
+                        kernels.scores(&args, page, part);
+                    }
+                    kernels.probabilities(&mut parts, total);
+                    assert_eq!(parts, scores);
+                    for at in (0..d).step_by(24) {
+                        let width = 24.min(d - at);
+                        let mut part = vec![f32::NAN; group * width];
+                        kernels.weighted_values(&args, &parts, at, &mut part);
+                        for (part, whole) in part.chunks(width).zip(out.chunks(d)) {
+                            assert_eq!(part, &whole[at..at + width]);
+                        }
+                    }
+                    (scores, out)
+                };
+                let (scores, out) = run(Isa::Portable);
+                for h in 0..group {
+                    let dot = |j: usize| (0..d).map(|i| f64::from(queries[h * d + i]) * f64::from(keys[j * d + i])).sum::<f64>();
+                    let raw: Vec<f64> = (0..total).map(|j| dot(j) / (d as f64).sqrt()).collect();
+                    let max = raw.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let sum: f64 = raw.iter().map(|s| (s - max).exp()).sum();
+                    for j in 0..total {
+                        let p = (raw[j] - max).exp() / sum;
+                        prop_assert!((f64::from(scores[(j / PAGE * group + h) * PAGE + j % PAGE]) - p).abs() <= 1e-5 * p, "{format} probability {j}");
+                    }
+                    for i in 0..d {
+                        let o: f64 = (0..total).map(|j| (raw[j] - max).exp() / sum * f64::from(values[j * d + i])).sum();
+                        prop_assert!((f64::from(out[h * d + i]) - o).abs() < 2e-6, "{format} output {i} of head {h}");
+                    }
+                }
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                for isa in Isa::available() {
+                    let (s, o) = run(isa);
+                    prop_assert_eq!(bits(&s), bits(&scores), "{} {}", format, isa);
+                    prop_assert_eq!(bits(&o), bits(&out), "{} {}", format, isa);
+                }
+            }
         }
     }
 }

@@ -19,7 +19,7 @@ pub(crate) struct ActivationScale {
 
 /// Adds the lanes up: 16, 8, 4, 2, 1.
 #[inline(always)]
-fn tree(mut lanes: [f32; LANES]) -> f32 {
+pub(super) fn tree(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -112,7 +112,7 @@ pub(super) fn all_finite(x: &[f32]) -> bool {
 /// `e^x` for x <= 0 to about 1e-7 relative, 0 below -87: the polynomial of Cephes `expf` after a Cody-Waite reduction by ln 2.
 /// Our own, so that it vectorises and gives the same bits on every instruction set and platform.
 #[inline(always)]
-fn exp_nonpositive(x: f32) -> f32 {
+pub(super) fn exp_nonpositive(x: f32) -> f32 {
     const LN2_HI: f32 = 0.693_359_4;
     const LN2_LO: f32 = -2.121_944_4e-4;
     let clamped = if x < -87.0 { -87.0 } else { x };
@@ -129,36 +129,6 @@ fn exp_nonpositive(x: f32) -> f32 {
     // 2^n through the exponent bits; n is within -126..=0.
     let power = f32::from_bits(((shifted.to_bits() as i32 - ROUND.to_bits() as i32 + 127) as u32) << 23);
     if x < -87.0 { 0.0 } else { e * power }
-}
-
-/// `e^(x - max)`, divided by their sum.
-#[inline(always)]
-pub(super) fn softmax(row: &mut [f32]) {
-    // The maximum does not depend on the order; a NaN score makes the sum NaN and so shows in the output.
-    let larger = |m: f32, x: f32| if x > m { x } else { m };
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (body, tail) = row.as_chunks_mut::<LANES>();
-    for chunk in body.iter() {
-        for l in 0..LANES {
-            lanes[l] = larger(lanes[l], chunk[l]);
-        }
-    }
-    let max = lanes.into_iter().chain(tail.iter().copied()).fold(f32::NEG_INFINITY, larger);
-    let mut lanes = [0f32; LANES];
-    for chunk in body {
-        for l in 0..LANES {
-            chunk[l] = exp_nonpositive(chunk[l] - max);
-            lanes[l] += chunk[l];
-        }
-    }
-    for (l, x) in tail.iter_mut().enumerate() {
-        *x = exp_nonpositive(*x - max);
-        lanes[l] += *x;
-    }
-    let sum = tree(lanes);
-    for x in row {
-        *x /= sum;
-    }
 }
 
 /// See [`super::Kernels::head`].

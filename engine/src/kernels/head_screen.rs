@@ -168,20 +168,24 @@ impl HeadScreen {
         let failure = Mutex::new(None);
         threads.for_each_chunk(&mut codes, group_bytes.max(1), true, |g, group| {
             let (mut row, mut packed) = (vec![0f32; columns], vec![0u8; columns.next_multiple_of(BLOCK)]);
-            for r in 0..ROWS.min(rows - g * ROWS) {
-                if let Err(error) = head.row(g * ROWS + r, &mut row) {
-                    *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
-                    return;
-                }
-                let step = kernels.screen_codes(&row, &offsets, &mut packed);
-                for (bytes, block) in packed.chunks_exact(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
-                    for j in 0..4 {
-                        block[4 * r + j] = bytes[j] | bytes[4 + j] << 4;
+            let count = ROWS.min(rows - g * ROWS);
+            let outcome = head.with_rows(g * ROWS, count, |group_rows| {
+                for r in 0..count {
+                    group_rows.row(r).widen(&mut row);
+                    let step = kernels.screen_codes(&row, &offsets, &mut packed);
+                    let (pairs, _) = packed.as_chunks::<BLOCK>();
+                    for (pair, block) in pairs.iter().zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
+                        let pair = u64::from_le_bytes(*pair);
+                        let lane = (pair | pair >> 28) as u32;
+                        block[4 * r..4 * r + 4].copy_from_slice(&lane.to_le_bytes());
                     }
+                    // SAFETY: group `g` is this piece's own, and the vector stays borrowed while the threads run.
+                    let place = unsafe { places.slice(g, r, 1) };
+                    place[0] = step;
                 }
-                // SAFETY: group `g` is this piece's own, and the vector stays borrowed while the threads run.
-                let place = unsafe { places.slice(g, r, 1) };
-                place[0] = step;
+            });
+            if let Err(error) = outcome {
+                *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
             }
         });
         if let Some(error) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {

@@ -9,8 +9,10 @@ pub(crate) mod float;
 mod head_matmul;
 mod head_screen;
 mod isa;
+mod kv_page;
 mod pages;
 mod portable;
+mod team;
 mod ternary_matmul;
 mod ternary_panel;
 mod ternary_tile;
@@ -24,6 +26,8 @@ pub(crate) use attention::PAGE;
 pub(crate) use head_matmul::head_matmul;
 pub(crate) use head_screen::{HeadAndState, HeadScreen, ScreenScratch};
 pub use isa::{ISA_VARIABLE, Isa};
+pub use kv_page::KvFormat;
+pub(crate) use kv_page::{KvPage, Order, write as write_kv};
 pub(crate) use pages::Pages;
 pub use ternary_matmul::{TernaryJob, ternary_matmul};
 pub use threads::Threads;
@@ -31,18 +35,30 @@ pub use threads::Threads;
 use crate::model::FloatRows;
 use crate::ternary::interleaved::Packing;
 
-/// One query head group's attention at one position: see [`attention::attend`].
+/// One query head group's attention at one position: see [`Kernels::attend`].
 pub(crate) struct AttendArgs<'a> {
     /// Query heads of one group, `[group, head_dim]`, RoPE applied.
     pub(crate) queries: &'a [f32],
     /// Key pages of the group's KV head, each `[head_dim, PAGE]`.
-    pub(crate) keys: &'a dyn Fn(usize) -> &'a [f32],
+    pub(crate) keys: &'a dyn Fn(usize) -> KvPage<'a>,
     /// Value pages, each `[PAGE, head_dim]`.
-    pub(crate) values: &'a dyn Fn(usize) -> &'a [f32],
+    pub(crate) values: &'a dyn Fn(usize) -> KvPage<'a>,
     /// Positions to attend to: `0..total`.
     pub(crate) total: usize,
-    /// Floats a head.
+    /// Numbers a head.
     pub(crate) head_dim: usize,
+}
+
+impl AttendArgs<'_> {
+    /// Query heads.
+    pub(crate) fn group(&self) -> usize {
+        self.queries.len() / self.head_dim
+    }
+
+    /// Floats of the scores: `[pages, group, 64]`.
+    pub(crate) fn score_floats(&self) -> usize {
+        self.total.div_ceil(PAGE) * self.group() * PAGE
+    }
 }
 
 /// The kernels of one instruction set. Obtained from [`Kernels::of`] only, which checks that this CPU has it.
@@ -57,11 +73,14 @@ pub struct Kernels {
     quantize: fn(&[f32], &mut [i8]) -> Option<float::ActivationScale>,
     relu2_gate: fn(&[f32], &[f32], &mut [f32]),
     silu_gate: fn(&[f32], &[f32], &mut [f32]),
-    attend: fn(&AttendArgs<'_>, &mut [f32], &mut [f32]),
+    scores: fn(&AttendArgs<'_>, usize, &mut [f32]),
+    probabilities: fn(&mut [f32], usize),
+    weighted_values: fn(&AttendArgs<'_>, &[f32], usize, &mut [f32]),
     head: fn(FloatRows<'_>, &[f32], usize, &mut [f32]),
     screen: fn(&head_screen::ScreenPass<'_>, usize, &mut [f32]),
     screen_codes: fn(&[f32], &[f32], &mut [u8]) -> f32,
     all_finite: fn(&[f32]) -> bool,
+    pack: fn(Packing, &[u32], &mut [u8]),
 }
 
 impl Kernels {
@@ -131,10 +150,27 @@ impl Kernels {
         (self.silu_gate)(gate, up, out)
     }
 
-    /// Attention of one head group at one position. `scores` is `[group, total]` and holds the probabilities afterwards,
-    /// `out` is `[group, head_dim]`.
+    /// Attention of one head group at one position: `softmax(q . k_j / sqrt(d))` over the positions, then the weighted sum of the values.
+    /// `scores`, `[pages, group, 64]`, holds the probabilities afterwards; `out` is `[group, head_dim]`.
     pub(crate) fn attend(&self, args: &AttendArgs<'_>, scores: &mut [f32], out: &mut [f32]) {
-        (self.attend)(args, scores, out)
+        self.scores(args, 0, scores);
+        self.probabilities(scores, args.total);
+        self.weighted_values(args, scores, 0, out);
+    }
+
+    /// The first step of [`Self::attend`], for some pages: see [`attention::scores`].
+    pub(crate) fn scores(&self, args: &AttendArgs<'_>, first: usize, out: &mut [f32]) {
+        (self.scores)(args, first, out)
+    }
+
+    /// The second step of [`Self::attend`]: see [`attention::probabilities`].
+    pub(crate) fn probabilities(&self, scores: &mut [f32], total: usize) {
+        (self.probabilities)(scores, total)
+    }
+
+    /// The third step of [`Self::attend`], for some dimensions: see [`attention::weighted_values`].
+    pub(crate) fn weighted_values(&self, args: &AttendArgs<'_>, probabilities: &[f32], at: usize, out: &mut [f32]) {
+        (self.weighted_values)(args, probabilities, at, out)
     }
 
     /// Dot products of some rows of the output head with `tokens` hidden states `[tokens, hidden]`; `out` is `[rows, tokens]`.
@@ -150,6 +186,11 @@ impl Kernels {
     /// The 4-bit codes of one row of the head, a byte each, and their step: see [`head_screen`].
     fn screen_codes(&self, row: &[f32], offsets: &[f32], out: &mut [u8]) -> f32 {
         (self.screen_codes)(row, offsets, out)
+    }
+
+    /// Packs the lanes of sixteen rows, `[columns / 4, 16]`, columns a multiple of the packing's block.
+    pub(crate) fn pack(&self, lanes: &[u32], out: &mut [u8]) {
+        (self.pack)(self.packing, lanes, out)
     }
 
     /// Whether no value is NaN or infinite.
@@ -168,6 +209,7 @@ macro_rules! kernel_table {
             use $crate::kernels::{AttendArgs, attention, float, head_screen, ternary_panel, ternary_tile};
             use $crate::kernels::ternary_panel::PanelScratch;
             use $crate::model::FloatRows;
+            use $crate::ternary::interleaved::{self, Packing};
 
             $(#[target_feature(enable = $feature)])?
             pub(super) fn product(product: &Product<'_>, first: usize, end: usize, scratch: &mut PanelScratch) {
@@ -204,8 +246,16 @@ macro_rules! kernel_table {
                 float::silu_gate(gate, up, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn attend(args: &AttendArgs<'_>, scores: &mut [f32], out: &mut [f32]) {
-                attention::attend::<$lanes, $heads, $width>(args, scores, out)
+            pub(super) fn scores(args: &AttendArgs<'_>, first: usize, out: &mut [f32]) {
+                attention::scores::<$lanes, $heads, $width>(args, first, out)
+            }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn probabilities(scores: &mut [f32], total: usize) {
+                attention::probabilities(scores, total)
+            }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn weighted_values(args: &AttendArgs<'_>, probabilities: &[f32], at: usize, out: &mut [f32]) {
+                attention::weighted_values::<$lanes, $heads, $width>(args, probabilities, at, out)
             }
             $(#[target_feature(enable = $feature)])?
             pub(super) fn head(rows: FloatRows<'_>, hidden: &[f32], tokens: usize, out: &mut [f32]) {
@@ -223,6 +273,10 @@ macro_rules! kernel_table {
             pub(super) fn all_finite(x: &[f32]) -> bool {
                 float::all_finite(x)
             }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn pack(packing: Packing, lanes: &[u32], out: &mut [u8]) {
+                interleaved::pack_lanes(packing, lanes, out)
+            }
         }
 
         // SAFETY (of every block in the table): the table is reachable through `Kernels::of` only, which has checked that the CPU
@@ -238,11 +292,16 @@ macro_rules! kernel_table {
             quantize: |x, out| unsafe { entry::quantize(x, out) },
             relu2_gate: |gate, up, out| unsafe { entry::relu2_gate(gate, up, out) },
             silu_gate: |gate, up, out| unsafe { entry::silu_gate(gate, up, out) },
-            attend: |args, scores, out| unsafe { entry::attend(args, scores, out) },
+            scores: |args, first, out| unsafe { entry::scores(args, first, out) },
+            probabilities: |scores, total| unsafe { entry::probabilities(scores, total) },
+            weighted_values: |args, probabilities, at, out| unsafe {
+                entry::weighted_values(args, probabilities, at, out)
+            },
             head: |rows, hidden, tokens, out| unsafe { entry::head(rows, hidden, tokens, out) },
             screen: |pass, first, out| unsafe { entry::screen(pass, first, out) },
             screen_codes: |row, offsets, out| unsafe { entry::screen_codes(row, offsets, out) },
             all_finite: |x| unsafe { entry::all_finite(x) },
+            pack: |packing, lanes, out| unsafe { entry::pack(packing, lanes, out) },
         };
     };
 }

@@ -1,6 +1,7 @@
 //! The portable path: plain Rust, the definition that every other path is held to.
 
 use super::attention::FloatLanes;
+use super::kv_page::KvNumber;
 use super::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS};
 use super::{Isa, kernel_table};
 use crate::ternary::interleaved::Packing;
@@ -127,9 +128,22 @@ impl FloatLanes for Portable {
     }
 
     #[inline(always)]
+    fn load_f16(x: &[u16; 16]) -> Self::Floats {
+        x.map(KvNumber::widen)
+    }
+
+    #[inline(always)]
+    fn load_i8(x: &[i8; 16]) -> Self::Floats {
+        x.map(KvNumber::widen)
+    }
+
+    #[inline(always)]
     fn store(v: Self::Floats, out: &mut [f32; 16]) {
         *out = v;
     }
+
+    #[inline(always)]
+    fn prefetch_line(_: *const u8) {}
 
     #[inline(always)]
     fn add_product(sum: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats {

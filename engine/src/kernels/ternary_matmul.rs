@@ -153,8 +153,10 @@ mod tests {
             Ok(())
         };
         let source = TritSource { rows, columns, scale, row: &row };
-        let weights = Packing::ALL
-            .map(|packing| InterleavedMatrix::pack(&source, packing, &Threads::new(Some(1)).unwrap()).unwrap());
+        let weights = Packing::ALL.map(|packing| {
+            let kernels = Kernels::of(Isa::Portable).unwrap().with_packing(packing);
+            InterleavedMatrix::pack(&source, &kernels, &Threads::new(Some(1)).unwrap()).unwrap()
+        });
         let expected = reference(trits, x, rows, columns, scale);
         for isa in Isa::available() {
             for (weights, count) in weights.iter().flat_map(|w| [1, 2, 3].map(|count| (w, count))) {

@@ -4,7 +4,9 @@ use std::fmt;
 use std::sync::Arc;
 
 use bitnet_contracts::{ConfigurationError, DeviceError, Result};
-use rayon::prelude::*;
+
+use super::columns::Columns;
+use super::team::Team;
 
 /// The most threads an engine takes.
 const MAX_THREADS: usize = 1024;
@@ -12,7 +14,7 @@ const MAX_THREADS: usize = 1024;
 /// A team of threads; with one thread, everything runs on the caller's.
 #[derive(Clone)]
 pub struct Threads {
-    pool: Option<Arc<rayon::ThreadPool>>,
+    team: Option<Arc<Team>>,
     count: usize,
 }
 
@@ -41,14 +43,11 @@ impl Threads {
             None => std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS),
         };
         if count == 1 {
-            return Ok(Self { pool: None, count });
+            return Ok(Self { team: None, count });
         }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(count)
-            .thread_name(|i| format!("bitnet-{i}"))
-            .build()
+        let team = Team::new(count - 1)
             .map_err(|e| DeviceError::DeviceNotAvailable { device: format!("{count} CPU threads: {e}") })?;
-        Ok(Self { pool: Some(Arc::new(pool)), count })
+        Ok(Self { team: Some(Arc::new(team)), count })
     }
 
     /// Number of threads.
@@ -56,18 +55,10 @@ impl Threads {
         self.count
     }
 
-    /// Runs `f` inside the team, so that the parallel sections within it start without a hand-over.
-    pub(crate) fn enter<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        match &self.pool {
-            None => f(),
-            Some(pool) => pool.install(f),
-        }
-    }
-
     /// Calls `f(i)` for `0..parts`, in parallel when `worth` says that the section is long enough to pay for it.
-    pub(crate) fn for_each(&self, parts: usize, worth: bool, f: impl Fn(usize) + Sync + Send) {
-        match &self.pool {
-            Some(_) if worth && parts > 1 => (0..parts).into_par_iter().for_each(f),
+    pub(crate) fn for_each(&self, parts: usize, worth: bool, f: impl Fn(usize) + Sync) {
+        match &self.team {
+            Some(team) if worth && parts > 1 => team.run(parts, &f),
             _ => (0..parts).for_each(f),
         }
     }
@@ -78,14 +69,14 @@ impl Threads {
         data: &mut [T],
         size: usize,
         worth: bool,
-        f: impl Fn(usize, &mut [T]) + Sync + Send,
+        f: impl Fn(usize, &mut [T]) + Sync,
     ) {
-        match &self.pool {
-            Some(_) if worth && data.len() > size => {
-                data.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk))
-            }
-            _ => data.chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk)),
-        }
+        let len = data.len();
+        let places = Columns::new(data, len);
+        self.for_each(len.div_ceil(size), worth, |i| {
+            // SAFETY: chunks do not overlap, each part is one, and `data` stays borrowed until all parts have run.
+            f(i, unsafe { places.slice(0, i * size, size.min(len - i * size)) })
+        });
     }
 }
 
@@ -104,9 +95,7 @@ mod tests {
         for count in [1, 3] {
             let threads = Threads::new(Some(count)).unwrap();
             let mut data = vec![0u32; 1001];
-            threads.enter(|| {
-                threads.for_each_chunk(&mut data, 10, true, |i, c| c.iter_mut().for_each(|x| *x += i as u32))
-            });
+            threads.for_each_chunk(&mut data, 10, true, |i, c| c.iter_mut().for_each(|x| *x += i as u32));
             assert!(data.iter().enumerate().all(|(j, &x)| x as usize == j / 10));
         }
     }

@@ -1,6 +1,7 @@
 //! Embedding and head as the engine keeps them: in memory when small, else in their file, of which a step reads a few rows.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bitnet_contracts::Result;
 
@@ -8,6 +9,7 @@ use super::checkpoint::Checkpoint;
 use super::gguf::TensorType;
 use super::mapped_file::FilePart;
 use super::weights::{FloatMatrix, FloatRows};
+use crate::kernels::Threads;
 
 /// Bytes from which on a bf16 matrix stays in its file.
 const STAYS: usize = 64 << 20;
@@ -27,15 +29,9 @@ enum Place {
     File(FilePart),
 }
 
-/// Rows on their way from a file.
-#[derive(Default)]
-struct Buffer {
-    bytes: Vec<u8>,
-    values: Vec<u16>,
-}
-
 thread_local! {
-    static BUFFER: RefCell<Buffer> = RefCell::default();
+    /// Rows on their way from a file.
+    static BUFFER: RefCell<Vec<u16>> = RefCell::default();
 }
 
 impl Checkpoint {
@@ -43,30 +39,46 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Self::matrix`].
-    pub(crate) fn table(&self, name: &str, rows: usize, columns: usize, in_memory: bool) -> Result<FloatTable> {
-        self.table_from(name, rows, columns, if in_memory { usize::MAX } else { STAYS })
+    pub(crate) fn table(
+        &self,
+        name: &str,
+        rows: usize,
+        columns: usize,
+        in_memory: bool,
+        threads: &Threads,
+    ) -> Result<FloatTable> {
+        self.table_from(name, rows, columns, if in_memory { usize::MAX } else { STAYS }, threads)
     }
 
     /// As [`Self::table`]; a bf16 matrix of `stays` bytes or more stays in its file.
-    fn table_from(&self, name: &str, rows: usize, columns: usize, stays: usize) -> Result<FloatTable> {
+    fn table_from(
+        &self,
+        name: &str,
+        rows: usize,
+        columns: usize,
+        stays: usize,
+        threads: &Threads,
+    ) -> Result<FloatTable> {
         let bytes = self.stored_bytes(name, &[rows, columns])?;
         let part = self.stored_part(name)?;
         let stays = bytes.len() >= stays && self.stored_type(name)? == TensorType::Bf16;
         if let Some(part) = part.filter(|_| stays && bytes.len() == rows * columns * 2) {
             /// Bytes between two releases: large, since every fault maps some pages around it.
             const PIECE: usize = 8 << 20;
-            for (i, piece) in bytes.chunks(PIECE).enumerate() {
+            let finite = AtomicBool::new(true);
+            threads.for_each(bytes.len().div_ceil(PIECE), true, |i| {
+                let piece = &bytes[i * PIECE..bytes.len().min((i + 1) * PIECE)];
                 // Magnitudes compare as integers, with infinity and NaN above every number.
                 let magnitude = |b: &[u8; 2]| u16::from_le_bytes(*b) & 0x7fff;
                 if piece.as_chunks::<2>().0.iter().map(magnitude).fold(0, u16::max) >= 0x7f80 {
-                    // Names the tensor in the words of every other.
-                    return self.matrix(name, rows, columns).map(|m| FloatTable {
-                        rows,
-                        columns,
-                        place: Place::Memory(m),
-                    });
+                    finite.store(false, Ordering::Relaxed);
                 }
                 self.release_part(name, i * PIECE..(i + 1) * PIECE);
+            });
+            if !finite.into_inner() {
+                // Names the tensor in the words of every other.
+                let matrix = self.matrix(name, rows, columns)?;
+                return Ok(FloatTable { rows, columns, place: Place::Memory(matrix) });
             }
             return Ok(FloatTable { rows, columns, place: Place::File(part) });
         }
@@ -115,11 +127,10 @@ impl FloatTable {
     pub(crate) fn with_rows<R>(&self, first: usize, count: usize, f: impl FnOnce(FloatRows<'_>) -> R) -> Result<R> {
         match &self.place {
             Place::Memory(matrix) => Ok(f(matrix.view(first, count))),
-            Place::File(part) => BUFFER.with_borrow_mut(|Buffer { bytes, values }| {
-                bytes.resize(count * self.columns * 2, 0);
-                part.read(first * self.columns * 2, bytes)?;
-                values.clear();
-                values.extend(bytes.as_chunks::<2>().0.iter().map(|&b| u16::from_le_bytes(b)));
+            Place::File(part) => BUFFER.with_borrow_mut(|values| {
+                values.resize(count * self.columns, 0);
+                part.read(first * self.columns * 2, bytemuck::cast_slice_mut(values))?;
+                values.iter_mut().for_each(|v| *v = u16::from_le(*v));
                 Ok(f(FloatRows::Bf16 { values, columns: self.columns }))
             }),
         }
@@ -148,8 +159,9 @@ mod tests {
         fixtures::synthesize(preset, 3, folder.path(), &mut |_| ()).unwrap();
         let checkpoint = Checkpoint::open(&ModelSource::Folder(folder.path().to_path_buf())).unwrap();
         let name = "model.embed_tokens.weight";
-        let stays = checkpoint.table_from(name, rows, columns, 0).unwrap();
-        let copied = checkpoint.table(name, rows, columns, true).unwrap();
+        let threads = Threads::new(Some(2)).unwrap();
+        let stays = checkpoint.table_from(name, rows, columns, 0, &threads).unwrap();
+        let copied = checkpoint.table(name, rows, columns, true, &threads).unwrap();
         assert_eq!((stays.memory_bytes(), copied.memory_bytes()), (0, rows * columns * 2));
         assert_eq!(stays.value_bytes(), copied.value_bytes());
         let (mut a, mut b) = (vec![0f32; columns], vec![1f32; columns]);

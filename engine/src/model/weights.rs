@@ -39,8 +39,20 @@ pub enum FloatRows<'a> {
 }
 
 impl FloatRows<'_> {
+    /// One of the rows.
+    pub(crate) fn row(&self, row: usize) -> FloatRows<'_> {
+        match *self {
+            FloatRows::Bf16 { values, columns } => {
+                FloatRows::Bf16 { values: &values[row * columns..(row + 1) * columns], columns }
+            }
+            FloatRows::F32 { values, columns } => {
+                FloatRows::F32 { values: &values[row * columns..(row + 1) * columns], columns }
+            }
+        }
+    }
+
     /// Copies the values into `out`, widened to f32 (exact).
-    pub(super) fn widen(&self, out: &mut [f32]) {
+    pub(crate) fn widen(&self, out: &mut [f32]) {
         match self {
             FloatRows::Bf16 { values, .. } => {
                 out.iter_mut().zip(*values).for_each(|(o, &v)| *o = bf16::from_bits(v).to_f32())

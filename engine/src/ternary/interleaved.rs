@@ -21,11 +21,13 @@
 //!
 //! Missing rows and columns at the edges hold code 1 (trit 0). Bytes: `ceil(rows / 16) * blocks * 64`.
 
+#![allow(clippy::needless_range_loop)] // Rows are counted, several arrays at once.
+
 use std::sync::{Arc, Mutex};
 
 use bitnet_contracts::{MemoryError, Result};
 
-use crate::kernels::{Pages, Threads};
+use crate::kernels::{Kernels, Pages, Threads};
 
 const ROWS: usize = 16;
 const BLOCK_BYTES: usize = 64;
@@ -90,12 +92,12 @@ pub struct TritSource<'a> {
 }
 
 impl InterleavedMatrix {
-    /// Packs one `[rows, columns]` matrix.
+    /// Packs one `[rows, columns]` matrix for `kernels`.
     ///
     /// # Errors
     /// `MemoryError::AllocationFailed`, and what the source returns.
-    pub fn pack(source: &TritSource<'_>, packing: Packing, threads: &Threads) -> Result<Self> {
-        let mut packer = Packer::new(packing, [(source.rows, source.columns)])?;
+    pub fn pack(source: &TritSource<'_>, kernels: &Kernels, threads: &Threads) -> Result<Self> {
+        let mut packer = Packer::new(kernels, [(source.rows, source.columns)])?;
         packer.add(source, threads)?;
         packer.finish().pop().ok_or_else(|| MemoryError::PoolExhausted { pool_type: "matrices".to_string() }.into())
     }
@@ -168,7 +170,7 @@ impl InterleavedMatrix {
 
 /// Several matrices being packed into one block of memory.
 pub struct Packer {
-    packing: Packing,
+    kernels: Kernels,
     pages: Pages,
     used: usize,
     /// Start, rows, columns and scale of each matrix.
@@ -176,16 +178,17 @@ pub struct Packer {
 }
 
 impl Packer {
-    /// Room for matrices of these shapes, `(rows, columns)`.
+    /// Room for matrices of these shapes, `(rows, columns)`, packed for `kernels`.
     ///
     /// # Errors
     /// `MemoryError::AllocationFailed`.
-    pub fn new(packing: Packing, shapes: impl IntoIterator<Item = (usize, usize)>) -> Result<Self> {
+    pub fn new(kernels: &Kernels, shapes: impl IntoIterator<Item = (usize, usize)>) -> Result<Self> {
+        let packing = kernels.packing();
         let total = shapes
             .into_iter()
             .try_fold(0usize, |sum, (rows, columns)| sum.checked_add(packing.bytes(rows, columns)?))
             .unwrap_or(usize::MAX);
-        Ok(Self { packing, pages: Pages::zeroed(total)?, used: 0, done: Vec::new() })
+        Ok(Self { kernels: kernels.clone(), pages: Pages::zeroed(total)?, used: 0, done: Vec::new() })
     }
 
     /// Packs the next matrix.
@@ -195,7 +198,7 @@ impl Packer {
     pub fn add(&mut self, source: &TritSource<'_>, threads: &Threads) -> Result<()> {
         let &TritSource { rows, columns, scale, row } = source;
         let start = self.used;
-        let packing = self.packing;
+        let (kernels, packing) = (&self.kernels, self.kernels.packing());
         let place = packing
             .bytes(rows, columns)
             .and_then(|bytes| self.pages.get_mut(start..start.checked_add(bytes)?))
@@ -203,19 +206,18 @@ impl Packer {
         let end = start + place.len();
         let failure = Mutex::new(None);
         threads.for_each_chunk(place, (columns.div_ceil(packing.block()) * BLOCK_BYTES).max(1), true, |g, group| {
-            let mut trits = vec![0i8; columns];
-            for r in 0..ROWS {
-                if g * ROWS + r >= rows {
-                    trits.fill(0);
-                } else if let Err(error) = row(g * ROWS + r, &mut trits) {
+            // What is missing at the edges stays zero.
+            let width = columns.next_multiple_of(packing.block());
+            let mut trits = vec![0i8; ROWS * width];
+            for (r, trits) in trits.chunks_exact_mut(width.max(1)).enumerate().take(rows - g * ROWS) {
+                if let Err(error) = row(g * ROWS + r, &mut trits[..columns]) {
                     *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
                     return;
                 }
-                match packing {
-                    Packing::TwoBits => pack_two_bits(&trits, r, group),
-                    Packing::BaseThree => pack_base3(&trits, r, group),
-                }
             }
+            let mut dwords = Vec::new();
+            lanes(&trits, &mut dwords);
+            kernels.pack(&dwords, group);
         });
         if let Some(error) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
             return Err(error);
@@ -228,7 +230,7 @@ impl Packer {
     /// The matrices in the order in which they were added.
     pub fn finish(self) -> Vec<InterleavedMatrix> {
         let pages = Arc::new(self.pages);
-        let packing = self.packing;
+        let packing = self.kernels.packing();
         let matrix = |(start, rows, columns, scale)| InterleavedMatrix {
             pages: pages.clone(),
             start,
@@ -241,56 +243,78 @@ impl Packer {
     }
 }
 
-/// Writes the trits of row `r` of a group into its blocks.
-fn pack_two_bits(trits: &[i8], r: usize, group: &mut [u8]) {
-    const BLOCK: usize = Packing::TwoBits.block();
-    for (trits, block) in trits.chunks(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
-        let codes = codes::<BLOCK, BLOCK>(trits);
-        for j in 0..4 {
-            block[4 * r + j] = codes[j] | codes[4 + j] << 2 | codes[8 + j] << 4 | codes[12 + j] << 6;
+/// Turns `[16, columns]` trits, columns a multiple of four, into lanes: four columns of a row a dword, `[columns / 4, 16]`. Not compiled for
+/// the larger instruction sets on purpose: with gathers, which the compiler takes there, it is several times slower.
+fn lanes(trits: &[i8], out: &mut Vec<u32>) {
+    let width = trits.len() / ROWS;
+    let rows: [&[[i8; 4]]; ROWS] = std::array::from_fn(|r| trits[r * width..(r + 1) * width].as_chunks::<4>().0);
+    out.resize(width / 4 * ROWS, 0);
+    for (d, lanes) in out.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        for r in 0..ROWS {
+            lanes[r] = u32::from_le_bytes(bytemuck::cast(rows[r][d]));
         }
     }
 }
 
-/// As [`pack_two_bits`], in base three.
-fn pack_base3(trits: &[i8], r: usize, group: &mut [u8]) {
-    const BLOCK: usize = Packing::BaseThree.block();
-    for (trits, block) in trits.chunks(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
-        // Two codes of a plane at a time: in every sixteen bits `(even + 256 odd) * (1 + 256 * 3)` has `3 even + odd` as its upper byte.
-        let codes = codes::<24, BLOCK>(trits);
-        let mut pairs = [0u8; 24];
-        for (codes, pairs) in codes.as_chunks::<8>().0.iter().zip(pairs.as_chunks_mut::<8>().0) {
-            *pairs = u64::from_le_bytes(*codes).wrapping_mul(0x0301).to_le_bytes();
+/// Packs [`lanes`] of whole blocks of columns: see `Kernels::pack`.
+#[inline(always)]
+pub(crate) fn pack_lanes(packing: Packing, lanes: &[u32], out: &mut [u8]) {
+    let (lanes, _) = lanes.as_chunks::<ROWS>();
+    for (lanes, block) in lanes.chunks_exact(packing.block() / 4).zip(out.as_chunks_mut::<BLOCK_BYTES>().0) {
+        let mut words = [0u32; ROWS];
+        match packing {
+            Packing::TwoBits => {
+                for m in 0..lanes.len() {
+                    for r in 0..ROWS {
+                        words[r] |= codes(lanes[m][r]) << (2 * m);
+                    }
+                }
+            }
+            Packing::BaseThree => {
+                // The number of each word, two of its digits at a time.
+                let (mut even, mut odd) = ([0u32; ROWS], [0u32; ROWS]);
+                for m in 0..lanes.len() {
+                    for r in 0..ROWS {
+                        let code = codes(lanes[m][r]);
+                        even[r] = 9 * even[r] + 3 * (code & 3) + (code >> 8 & 3);
+                        odd[r] = 9 * odd[r] + 3 * (code >> 16 & 3) + (code >> 24);
+                    }
+                }
+                for r in 0..ROWS {
+                    words[r] = fraction(even[r]) | fraction(odd[r]) << 16;
+                }
+            }
         }
-        for word in 0..2 {
-            let number = (0..WORD / 2).fold(0, |n, m| 9 * n + u32::from(pairs[4 * m + 2 * word + 1]));
-            // The smallest 16-bit fraction that is not below number / 3^10.
-            let fraction = (number << 16).div_ceil(59_049);
-            block[4 * r + 2 * word..][..2].copy_from_slice(&(fraction as u16).to_le_bytes());
+        for r in 0..ROWS {
+            block[4 * r..4 * r + 4].copy_from_slice(&words[r].to_le_bytes());
         }
     }
 }
 
-/// Trits plus one; 1 for those that are missing in a block of `N`.
-#[inline]
-fn codes<const LEN: usize, const N: usize>(trits: &[i8]) -> [u8; LEN] {
-    let mut codes = [1u8; LEN];
-    if let Ok(trits) = <&[i8; N]>::try_from(trits) {
-        for i in 0..N {
-            codes[i] = (trits[i] + 1) as u8;
-        }
-    } else {
-        for (code, &t) in codes.iter_mut().zip(trits) {
-            *code = (t + 1) as u8;
-        }
-    }
-    codes
+/// Four trits plus one, a byte each. -1 is all ones: no byte carries into the next.
+#[inline(always)]
+fn codes(trits: u32) -> u32 {
+    ((trits & 0x0303_0303) + 0x0101_0101) & 0x0303_0303
+}
+
+/// The smallest 16-bit fraction that is not below `number / 3^10`: `ceil(number * 65536 / 59049)`.
+#[inline(always)]
+fn fraction(number: u32) -> u32 {
+    // 65536 = 59049 + 6487, and 7199 / 65536 is so near below 6487 / 59049 that the quotient is short by one at most.
+    let quotient = (number * 7199) >> 16;
+    let rest = number * 6487 - quotient * 59_049;
+    number + quotient + u32::from(rest > 0) + u32::from(rest > 59_049)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Isa;
     use proptest::prelude::*;
+
+    fn kernels() -> &'static Kernels {
+        Kernels::of(Isa::best()).unwrap()
+    }
 
     proptest! {
         #[test]
@@ -302,8 +326,9 @@ mod tests {
             };
             let source = TritSource { rows, columns, scale: 1.0, row: &row };
             let threads = Threads::new(Some(2)).unwrap();
-            for packing in Packing::ALL {
-                let mut packer = Packer::new(packing, [(rows, columns), (rows, columns)]).unwrap();
+            for (packing, isa) in Packing::ALL.into_iter().flat_map(|p| Isa::available().into_iter().map(move |isa| (p, isa))) {
+                let kernels = Kernels::of(isa).unwrap().with_packing(packing);
+                let mut packer = Packer::new(&kernels, [(rows, columns), (rows, columns)]).unwrap();
                 packer.add(&source, &threads).unwrap();
                 packer.add(&source, &threads).unwrap();
                 prop_assert!(packer.add(&source, &threads).is_err(), "no room for a third");
@@ -325,10 +350,11 @@ mod tests {
     fn prefixes_of_every_base_three_word_are_right() {
         for number in 0..59_049u32 {
             let digit = |k: u32| number / 3u32.pow(9 - k) % 3;
-            let mut trits = [0i8; 20];
+            let mut trits = [0i8; 20 * ROWS];
             (0..WORD).for_each(|k| trits[base3_column(0, k)] = digit(k as u32) as i8 - 1);
-            let mut group = [0u8; BLOCK_BYTES];
-            pack_base3(&trits, 0, &mut group);
+            let (mut dwords, mut group) = (Vec::new(), [0u8; BLOCK_BYTES]);
+            lanes(&trits, &mut dwords);
+            pack_lanes(Packing::BaseThree, &dwords, &mut group);
             let mut word = u16::from_le_bytes([group[0], group[1]]);
             for half in 0..2 {
                 let mut prefix = 0;
@@ -344,14 +370,14 @@ mod tests {
     #[test]
     fn an_impossible_size_is_an_error() {
         let source = TritSource { rows: usize::MAX, columns: usize::MAX, scale: 1.0, row: &|_, _| Ok(()) };
-        assert!(InterleavedMatrix::pack(&source, Packing::BaseThree, &Threads::new(Some(1)).unwrap()).is_err());
-        assert!(Packer::new(Packing::TwoBits, [(usize::MAX / 8, 16), (usize::MAX / 8, 16)]).is_err());
+        assert!(InterleavedMatrix::pack(&source, kernels(), &Threads::new(Some(1)).unwrap()).is_err());
+        assert!(Packer::new(kernels(), [(usize::MAX / 8, 16), (usize::MAX / 8, 16)]).is_err());
     }
 
     #[test]
     fn an_error_of_the_source_is_passed_on() {
         let fail = |_: usize, _: &mut [i8]| Err(MemoryError::PoolExhausted { pool_type: "test".into() }.into());
         let source = TritSource { rows: 3, columns: 3, scale: 1.0, row: &fail };
-        assert!(InterleavedMatrix::pack(&source, Packing::BaseThree, &Threads::new(Some(1)).unwrap()).is_err());
+        assert!(InterleavedMatrix::pack(&source, kernels(), &Threads::new(Some(1)).unwrap()).is_err());
     }
 }

@@ -21,6 +21,9 @@ pub(crate) struct BenchArgs {
     /// Generated tokens of a run.
     #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     tg: u32,
+    /// Positions that a run finds in the cache: prompt and generated tokens come behind them.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    depth: u32,
     /// Runs; the medians are reported.
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
@@ -35,22 +38,28 @@ struct Sample {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Outcome {
-    let (pp, tg) = (args.pp as usize, args.tg as usize);
+    let (pp, tg, depth) = (args.pp as usize, args.tg as usize, args.depth as usize);
     let start = Instant::now();
     let mut engine = CpuEngine::open(&args.model.source()?, &args.model.options())?;
     let load_s = start.elapsed().as_secs_f64();
     let (vocabulary, context) = (engine.config().vocab_size, engine.config().max_position_embeddings);
-    if pp + tg > context {
-        return Err(format!("--pp {pp} and --tg {tg} need {} positions, the model has {context}", pp + tg).into());
+    let positions = depth + pp + tg;
+    if positions > context {
+        let asked = format!("--depth {depth}, --pp {pp} and --tg {tg}");
+        return Err(format!("{asked} need {positions} positions, the model has {context}").into());
     }
-    let prompt: Vec<u32> = (0..pp).map(|i| ((i * 7919 + 17) % vocabulary) as u32).collect();
+    let tokens: Vec<u32> = (0..depth + pp).map(|i| ((i * 7919 + 17) % vocabulary) as u32).collect();
+    let (before, prompt) = tokens.split_at(depth);
+    if depth > 0 {
+        engine.feed_greedy(before)?;
+    }
     let mut samples = Vec::new();
     for _ in 0..args.runs {
-        samples.push(measure(&mut engine, &prompt, tg)?);
+        samples.push(measure(&mut engine, depth, prompt, tg)?);
     }
     // Before the check, which reads the whole head.
     let (memory, peak) = (engine.memory_usage(), peak_rss());
-    verify(&mut engine, &prompt)?;
+    verify(&mut engine, depth, prompt)?;
     let median = |f: &dyn Fn(&Sample) -> f64| {
         let mut values: Vec<f64> = samples.iter().map(f).collect();
         values.sort_by(f64::total_cmp);
@@ -67,6 +76,8 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
         "threads": engine.threads(),
         "pp": pp,
         "tg": tg,
+        "depth": depth,
+        "kv": args.model.kv.name(),
         "runs": args.runs,
         "load_s": load_s,
         "prefill_tokens_per_s": prefill,
@@ -109,10 +120,10 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
 
 /// Speed counts only if the output is right: the prompt whole and the prompt with its last token fed alone must agree to the bit, and
 /// the token that was chosen without the whole head must be the one with the largest logit.
-fn verify(engine: &mut CpuEngine, prompt: &[u32]) -> Outcome {
-    engine.reset()?;
+fn verify(engine: &mut CpuEngine, depth: usize, prompt: &[u32]) -> Outcome {
+    engine.rewind(depth);
     let whole = engine.feed(prompt)?.to_vec();
-    engine.reset()?;
+    engine.rewind(depth);
     let (head, last) = prompt.split_at(prompt.len() - 1);
     if !head.is_empty() {
         engine.feed(head)?;
@@ -121,15 +132,20 @@ fn verify(engine: &mut CpuEngine, prompt: &[u32]) -> Outcome {
     if stepped.iter().zip(&whole).any(|(a, b)| a.to_bits() != b.to_bits()) {
         return Err("prefill and decode disagree: the figures would mean nothing".into());
     }
-    engine.reset()?;
+    engine.rewind(depth);
     if engine.feed_greedy(prompt)? != argmax(&whole) {
         return Err("the screened head chose another token: the figures would mean nothing".into());
     }
     Ok(())
 }
 
-fn measure(engine: &mut CpuEngine, prompt: &[u32], tg: usize) -> Result<Sample, Box<dyn std::error::Error>> {
-    engine.reset()?;
+fn measure(
+    engine: &mut CpuEngine,
+    depth: usize,
+    prompt: &[u32],
+    tg: usize,
+) -> Result<Sample, Box<dyn std::error::Error>> {
+    engine.rewind(depth);
     let start = Instant::now();
     let mut next = engine.feed_greedy(prompt)?;
     let prefill_s = start.elapsed().as_secs_f64();

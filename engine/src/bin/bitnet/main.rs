@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use bitnet_engine::EngineOptions;
+use bitnet_engine::kernels::KvFormat;
 use bitnet_engine::model::{Activation, ModelSource};
 use bitnet_engine::ternary::I2sLayout;
 use clap::{Args, Parser, Subcommand};
@@ -88,6 +89,9 @@ struct ModelArgs {
     /// Threads (default: as many as the process may use).
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// How keys and values are kept: f32, f16 or int8.
+    #[arg(long, default_value_t = KvFormat::F32, value_name = "FORMAT")]
+    kv: KvFormat,
 }
 
 impl ModelArgs {
@@ -96,7 +100,7 @@ impl ModelArgs {
     }
 
     fn options(&self) -> EngineOptions {
-        let options = EngineOptions::default();
+        let options = EngineOptions::default().with_kv(self.kv);
         match self.threads {
             Some(threads) => options.with_threads(threads),
             None => options,

@@ -8,7 +8,7 @@ use crate::kernels::{Isa, kernel_table};
 use crate::ternary::interleaved::Packing;
 
 // One group by four tokens: 8 registers of sums, 2 of codes, the rest for activations and products on their way.
-kernel_table!(Isa::Avx2, Avx2, Packing::TwoBits, panel: (1, 4), heads: (2, 2), "avx2");
+kernel_table!(Isa::Avx2, Avx2, Packing::TwoBits, panel: (1, 4), heads: (2, 2), "avx2,f16c");
 
 /// Two registers.
 struct Avx2;
@@ -197,11 +197,35 @@ impl FloatLanes for Avx2 {
     }
 
     #[inline(always)]
+    fn load_f16(x: &[u16; 16]) -> Self::Floats {
+        unsafe {
+            let halves: *const __m128i = x.as_ptr().cast();
+            [_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves.add(1)))]
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(x: &[i8; 16]) -> Self::Floats {
+        unsafe {
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(x))),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn store(v: Self::Floats, out: &mut [f32; 16]) {
         unsafe {
             _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
             _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
         }
+    }
+
+    #[inline(always)]
+    fn prefetch_line(address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 
     #[inline(always)]

@@ -144,8 +144,23 @@ impl FloatLanes for Avx512Vnni {
     }
 
     #[inline(always)]
+    fn load_f16(x: &[u16; 16]) -> Self::Floats {
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_i8(x: &[i8; 16]) -> Self::Floats {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
     fn store(v: Self::Floats, out: &mut [f32; 16]) {
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn prefetch_line(address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 
     #[inline(always)]
