@@ -7,6 +7,7 @@
 #![allow(clippy::needless_range_loop)] // Registers, tokens and groups are counted, several arrays at once.
 
 use super::AttendArgs;
+use super::chunks::{as_chunks, as_chunks_mut};
 use super::float::softmax;
 
 /// Positions of one page of keys or values.
@@ -88,8 +89,8 @@ fn page_scores<L: FloatLanes, const HEADS: usize, const WIDTH: usize>(
     stride: usize,
     seen: usize,
 ) {
-    let (vectors, _) = keys.as_chunks::<16>();
-    let (vectors, _) = vectors.as_chunks::<WIDTH>();
+    let (vectors, _) = as_chunks::<16, _>(keys);
+    let (vectors, _) = as_chunks::<WIDTH, _>(vectors);
     let stretches = PAGE / 16 / WIDTH;
     for stretch in 0..seen.div_ceil(16 * WIDTH) {
         let mut sums = [[L::splat(0.0); WIDTH]; HEADS];
@@ -170,13 +171,13 @@ fn page_values_at<L: FloatLanes, const HEADS: usize, const V: usize>(
 ) {
     let mut sums = [[L::splat(0.0); V]; HEADS];
     for h in 0..HEADS {
-        let (place, _) = out[h * d + at..].as_chunks::<16>();
+        let (place, _) = as_chunks::<16, _>(&out[h * d + at..]);
         for v in 0..V {
             sums[h][v] = L::load(&place[v]);
         }
     }
     for (j, value) in values.chunks_exact(d).enumerate() {
-        let (value, _) = value[at..].as_chunks::<16>();
+        let (value, _) = as_chunks::<16, _>(&value[at..]);
         let mut loaded = [L::splat(0.0); V];
         for v in 0..V {
             loaded[v] = L::load(&value[v]);
@@ -189,7 +190,7 @@ fn page_values_at<L: FloatLanes, const HEADS: usize, const V: usize>(
         }
     }
     for h in 0..HEADS {
-        let (place, _) = out[h * d + at..].as_chunks_mut::<16>();
+        let (place, _) = as_chunks_mut::<16, _>(&mut out[h * d + at..]);
         for v in 0..V {
             L::store(sums[h][v], &mut place[v]);
         }

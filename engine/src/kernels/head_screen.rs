@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Kernels;
+use super::chunks::{as_chunks, as_chunks_mut};
 use super::columns::Columns;
 use super::float::ROUND;
 use super::pages::Pages;
@@ -122,8 +123,8 @@ pub(crate) struct ScreenPass<'a> {
 /// Estimates of the rows of groups `first .. first + out.len() / 16`.
 #[inline(always)]
 pub(super) fn screen<L: DotLanes>(pass: &ScreenPass<'_>, first: usize, out: &mut [f32]) {
-    let (blocks, _) = pass.codes.as_chunks::<BLOCK_BYTES>();
-    let (upper, lower) = (pass.upper.as_chunks::<2>().0, pass.lower.as_chunks::<2>().0);
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(pass.codes);
+    let (upper, lower) = (as_chunks::<2, _>(pass.upper).0, as_chunks::<2, _>(pass.lower).0);
     for (g, out) in out.chunks_mut(ROWS).enumerate() {
         let group = &blocks[(first + g) * pass.blocks..(first + g + 1) * pass.blocks];
         let mut sums = [[0i32; ROWS]; 2];
@@ -174,7 +175,7 @@ impl HeadScreen {
                     return;
                 }
                 let step = kernels.screen_codes(&row, &offsets, &mut packed);
-                for (bytes, block) in packed.chunks_exact(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
+                for (bytes, block) in packed.chunks_exact(BLOCK).zip(as_chunks_mut::<BLOCK_BYTES, _>(group).0) {
                     for j in 0..4 {
                         block[4 * r + j] = bytes[j] | bytes[4 + j] << 4;
                     }

@@ -4,6 +4,7 @@
 
 mod activations;
 mod attention;
+pub(crate) mod chunks;
 mod columns;
 pub(crate) mod float;
 mod head_matmul;
@@ -161,6 +162,7 @@ impl Kernels {
 /// Compiles the generic kernels for one instruction set and puts them in a table.
 macro_rules! kernel_table {
     ($isa:expr, $lanes:ty, $packing:expr, panel: ($groups:literal, $tokens:literal), heads: ($heads:literal, $width:literal) $(, $feature:literal)?) => {
+        // Unsafe functions: safe ones with target features need Rust 1.86.
         mod entry {
             use super::*;
             use $crate::kernels::head_screen::ScreenPass;
@@ -170,7 +172,7 @@ macro_rules! kernel_table {
             use $crate::model::FloatRows;
 
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn product(product: &Product<'_>, first: usize, end: usize, scratch: &mut PanelScratch) {
+            pub(super) unsafe fn product(product: &Product<'_>, first: usize, end: usize, scratch: &mut PanelScratch) {
                 if product.is_tiled() {
                     for panel in (first..end).step_by($groups) {
                         if end - panel < $groups {
@@ -188,46 +190,45 @@ macro_rules! kernel_table {
                 }
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> bool {
+            pub(super) unsafe fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> bool {
                 float::rms_norm(x, gain, eps, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn quantize(x: &[f32], out: &mut [i8]) -> Option<float::ActivationScale> {
+            pub(super) unsafe fn quantize(x: &[f32], out: &mut [i8]) -> Option<float::ActivationScale> {
                 float::quantize(x, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn relu2_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+            pub(super) unsafe fn relu2_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 float::relu2_gate(gate, up, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+            pub(super) unsafe fn silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 float::silu_gate(gate, up, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn attend(args: &AttendArgs<'_>, scores: &mut [f32], out: &mut [f32]) {
+            pub(super) unsafe fn attend(args: &AttendArgs<'_>, scores: &mut [f32], out: &mut [f32]) {
                 attention::attend::<$lanes, $heads, $width>(args, scores, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn head(rows: FloatRows<'_>, hidden: &[f32], tokens: usize, out: &mut [f32]) {
+            pub(super) unsafe fn head(rows: FloatRows<'_>, hidden: &[f32], tokens: usize, out: &mut [f32]) {
                 float::head(rows, hidden, tokens, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn screen(pass: &ScreenPass<'_>, first: usize, out: &mut [f32]) {
+            pub(super) unsafe fn screen(pass: &ScreenPass<'_>, first: usize, out: &mut [f32]) {
                 head_screen::screen::<$lanes>(pass, first, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn screen_codes(row: &[f32], offsets: &[f32], out: &mut [u8]) -> f32 {
+            pub(super) unsafe fn screen_codes(row: &[f32], offsets: &[f32], out: &mut [u8]) -> f32 {
                 head_screen::codes(row, offsets, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn all_finite(x: &[f32]) -> bool {
+            pub(super) unsafe fn all_finite(x: &[f32]) -> bool {
                 float::all_finite(x)
             }
         }
 
         // SAFETY (of every block in the table): the table is reachable through `Kernels::of` only, which has checked that the CPU
         // has the features that the entries were compiled with; the portable table needs none.
-        #[allow(unused_unsafe)]
         pub(in $crate::kernels) static KERNELS: $crate::kernels::Kernels = $crate::kernels::Kernels {
             isa: $isa,
             packing: $packing,

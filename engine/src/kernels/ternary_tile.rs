@@ -5,6 +5,7 @@
 
 #![allow(clippy::needless_range_loop)] // Registers, tokens and groups are counted, several arrays at once.
 
+use super::chunks::as_chunks;
 use super::ternary_matmul::Product;
 use crate::ternary::interleaved::Packing;
 
@@ -101,8 +102,8 @@ pub(super) fn stream<L: DotLanes>(product: &Product<'_>, group: usize) {
 /// `N` tokens against one group of two-bit codes, the sums in registers. Gives `N`.
 #[inline(always)]
 fn tokens_at_once<L: DotLanes, const N: usize>(product: &Product<'_>, group: usize, token: usize) -> usize {
-    let (blocks, _) = product.weights.group(group).as_chunks::<BLOCK_BYTES>();
-    let rows: [&[[i32; 4]]; N] = std::array::from_fn(|n| product.activations.row(token + n).as_chunks().0);
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(product.weights.group(group));
+    let rows: [&[[i32; 4]]; N] = std::array::from_fn(|n| as_chunks(product.activations.row(token + n)).0);
     let mut sums = [[0i32; ROWS]; N];
     let mut done = 0;
     for run in blocks.chunks((L::RUN / 4).max(1)) {
@@ -134,8 +135,8 @@ fn tokens_at_once<L: DotLanes, const N: usize>(product: &Product<'_>, group: usi
 /// `N` tokens against one group in base three, by the prefixes of its words. Gives `N`.
 #[inline(always)]
 fn tokens_by_prefixes<L: DotLanes, const N: usize>(product: &Product<'_>, group: usize, token: usize) -> usize {
-    let (blocks, _) = product.weights.group(group).as_chunks::<BLOCK_BYTES>();
-    let rows: [&[[i32; 10]]; N] = std::array::from_fn(|n| product.activations.row(token + n).as_chunks().0);
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(product.weights.group(group));
+    let rows: [&[[i32; 10]]; N] = std::array::from_fn(|n| as_chunks(product.activations.row(token + n)).0);
     let mut sums = [[0i32; ROWS]; N];
     let mut done = 0;
     // A prefix is at most 3^j - 1 and its factor at most 127 + 3 * 128: less than 2^20 a block.

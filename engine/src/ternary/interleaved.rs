@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_contracts::{MemoryError, Result};
 
+use crate::kernels::chunks::{as_chunks, as_chunks_mut};
 use crate::kernels::{Pages, Threads};
 
 const ROWS: usize = 16;
@@ -140,7 +141,7 @@ impl InterleavedMatrix {
     /// Unpacks row `row` into `columns` trits.
     pub fn unpack_row(&self, row: usize, out: &mut [i8]) {
         let group = self.group(row / ROWS);
-        let blocks = group.as_chunks::<BLOCK_BYTES>().0;
+        let blocks = as_chunks::<BLOCK_BYTES, _>(group).0;
         for (out, block) in out.chunks_mut(self.packing.block()).zip(blocks) {
             let lane = &block[4 * (row % ROWS)..][..4];
             match self.packing {
@@ -150,7 +151,7 @@ impl InterleavedMatrix {
                     }
                 }
                 Packing::BaseThree => {
-                    for (word, bytes) in lane.as_chunks::<2>().0.iter().enumerate() {
+                    for (word, bytes) in as_chunks::<2, _>(lane).0.iter().enumerate() {
                         let mut fraction = u16::from_le_bytes(*bytes);
                         for k in 0..WORD {
                             let product = u32::from(fraction) * 3;
@@ -244,7 +245,7 @@ impl Packer {
 /// Writes the trits of row `r` of a group into its blocks.
 fn pack_two_bits(trits: &[i8], r: usize, group: &mut [u8]) {
     const BLOCK: usize = Packing::TwoBits.block();
-    for (trits, block) in trits.chunks(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
+    for (trits, block) in trits.chunks(BLOCK).zip(as_chunks_mut::<BLOCK_BYTES, _>(group).0) {
         let codes = codes::<BLOCK, BLOCK>(trits);
         for j in 0..4 {
             block[4 * r + j] = codes[j] | codes[4 + j] << 2 | codes[8 + j] << 4 | codes[12 + j] << 6;
@@ -255,11 +256,11 @@ fn pack_two_bits(trits: &[i8], r: usize, group: &mut [u8]) {
 /// As [`pack_two_bits`], in base three.
 fn pack_base3(trits: &[i8], r: usize, group: &mut [u8]) {
     const BLOCK: usize = Packing::BaseThree.block();
-    for (trits, block) in trits.chunks(BLOCK).zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
+    for (trits, block) in trits.chunks(BLOCK).zip(as_chunks_mut::<BLOCK_BYTES, _>(group).0) {
         // Two codes of a plane at a time: in every sixteen bits `(even + 256 odd) * (1 + 256 * 3)` has `3 even + odd` as its upper byte.
         let codes = codes::<24, BLOCK>(trits);
         let mut pairs = [0u8; 24];
-        for (codes, pairs) in codes.as_chunks::<8>().0.iter().zip(pairs.as_chunks_mut::<8>().0) {
+        for (codes, pairs) in as_chunks::<8, _>(&codes).0.iter().zip(as_chunks_mut::<8, _>(&mut pairs).0) {
             *pairs = u64::from_le_bytes(*codes).wrapping_mul(0x0301).to_le_bytes();
         }
         for word in 0..2 {
