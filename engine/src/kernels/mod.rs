@@ -15,6 +15,8 @@ mod portable;
 mod ternary_matmul;
 mod ternary_panel;
 mod ternary_tile;
+#[cfg(test)]
+mod tests;
 mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
