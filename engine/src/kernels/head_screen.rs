@@ -135,8 +135,9 @@ pub(super) fn screen<L: DotLanes>(pass: &ScreenPass<'_>, first: usize, out: &mut
                 L::prefetch(block.as_ptr().wrapping_add(4096));
                 let halves = L::unpack_4bit(block);
                 for p in 0..2 {
-                    partial[0][p] = L::mac(partial[0][p], halves[p], L::broadcast(upper[p]));
-                    partial[1][p] = L::mac(partial[1][p], halves[p], L::broadcast(lower[p]));
+                    let chain = p % (L::PARTIALS / 2);
+                    partial[0][chain] = L::mac(partial[0][chain], halves[p], L::broadcast(upper[p]));
+                    partial[1][chain] = L::mac(partial[1][chain], halves[p], L::broadcast(lower[p]));
                 }
             }
             for part in 0..2 {

@@ -2,6 +2,8 @@
 //! each instruction set behind one table of function pointers, [`Kernels`]. All instruction sets give the same bits: the integer part because it is exact, the
 //! float part because the order of every reduction is written out (sixteen lanes, one tree) and no multiply-add is fused.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod activations;
 mod attention;
 pub(crate) mod chunks;
@@ -80,8 +82,11 @@ impl Kernels {
             Isa::Avx2 => &x86_64::avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => &x86_64::avx512vnni::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &aarch64::neon::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::DotProd => &aarch64::dotprod::KERNELS,
             // `require` has refused every instruction set that this architecture does not have.
-            #[cfg(not(target_arch = "x86_64"))]
             _ => &portable::KERNELS,
         })
     }

@@ -41,6 +41,8 @@ pub(crate) trait DotLanes {
     const RUN_4BIT: usize;
     /// Independent sums that hide the latency of [`Self::mac`]: 1, 2 or 4.
     const CHAINS: usize;
+    /// Partial sums that the registers hold beside the codes: 2 or 4.
+    const PARTIALS: usize;
 
     /// Zeroes.
     fn zero() -> Self::Partial;
@@ -88,7 +90,7 @@ const AHEAD: usize = 4096;
 pub(super) fn stream<L: DotLanes>(product: &Product<'_>, group: usize) {
     let mut token = 0;
     while token < product.tokens() {
-        token += match (product.weights.packing(), product.tokens() - token) {
+        token += match (product.weights.packing(), (product.tokens() - token).min(L::PARTIALS)) {
             (Packing::TwoBits, 4..) => tokens_at_once::<L, 4>(product, group, token),
             (Packing::TwoBits, 2..) => tokens_at_once::<L, 2>(product, group, token),
             (Packing::TwoBits, _) => tokens_at_once::<L, 1>(product, group, token),
