@@ -462,6 +462,16 @@ mod tests {
         assert!(screen_gives_up, "a state near the end of f32");
     }
 
+    /// The largest codes and states of one sign: 16-bit sums that run on for too long overflow here.
+    #[test]
+    fn saturating_states_do_not_overflow() {
+        let (rows, columns) = (1024, 1000);
+        let head = table(rows, columns, |i| 1.0 + (i / columns) as f32 / rows as f32);
+        for hidden in [5.0, -5.0] {
+            assert!(check(&head, &vec![hidden; columns], 1, &[]), "{hidden}");
+        }
+    }
+
     /// The error of the estimate is within the bound for every row: far within it, since the bound is for one in 2^80.
     #[test]
     fn estimates_are_within_the_bound() {
