@@ -378,9 +378,10 @@ mod tests {
         FloatMatrix::from_f32(rows, columns, (0..rows * columns).map(value).collect()).into()
     }
 
-    /// What `largest` finds, against the whole head: every token asked for, to the bit. False when it left it to the whole head.
+    /// What `largest` finds, against the whole head: every token asked for, to the bit. False when an instruction set left it to the
+    /// whole head.
     fn check(head: &FloatTable, hidden: &[f32], top: usize, also: &[u32]) -> bool {
-        let mut found = false;
+        let mut found = true;
         for isa in Isa::available() {
             let kernels = Kernels::of(isa).unwrap();
             let threads = Threads::new(Some(2)).unwrap();
@@ -389,8 +390,8 @@ mod tests {
             let screen = HeadScreen::new(head, kernels, &threads).unwrap();
             let mut scratch = ScreenScratch::default();
             let state = HeadAndState { head, hidden };
-            found = screen.largest(&state, kernels, &threads, top, also, &mut scratch);
-            if !found {
+            if !screen.largest(&state, kernels, &threads, top, also, &mut scratch) {
+                found = false;
                 continue;
             }
             let mut order: Vec<u32> = (0..head.rows() as u32).collect();
