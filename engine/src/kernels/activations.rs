@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use bitnet_contracts::{ForwardPassError, Result};
 
+use super::chunks::{as_chunks, as_chunks_mut};
 use super::columns::Columns;
 use super::ternary_tile::PLANE;
 use super::{Kernels, Threads};
@@ -117,7 +118,7 @@ impl QuantizedActivations {
                     if differences {
                         write_differences(bytes, place);
                     } else {
-                        let (dwords, _) = bytes.as_chunks::<PLANE>();
+                        let (dwords, _) = as_chunks::<PLANE, _>(bytes);
                         for (place, dword) in place.iter_mut().skip(t).step_by(piece).zip(dwords) {
                             *place = i32::from_ne_bytes(dword.map(|b| b as u8));
                         }
@@ -185,7 +186,7 @@ impl QuantizedActivations {
     /// The tiles of `T` tokens, each `[steps]` of the tile's dwords.
     pub(super) fn tiles<const T: usize>(&self) -> impl Iterator<Item = &[[i32; T]]> {
         debug_assert_eq!(self.tile, T);
-        self.dwords.as_chunks::<T>().0.chunks_exact(self.steps().max(1))
+        as_chunks::<T, _>(&self.dwords).0.chunks_exact(self.steps().max(1))
     }
 
     /// The quantiser's factor and the sum of the int8 values of a token.
@@ -197,7 +198,7 @@ impl QuantizedActivations {
 /// The factors of the prefixes of base-three words: `a_j - 3 a_(j+1)` for the five codes of each half of a word, those of a lane's two
 /// words side by side.
 fn write_differences(activations: &[i8], out: &mut [i32]) {
-    for (a, out) in activations.as_chunks::<20>().0.iter().zip(out.as_chunks_mut::<10>().0) {
+    for (a, out) in as_chunks::<20, _>(activations).0.iter().zip(as_chunks_mut::<10, _>(out).0) {
         let word = |first: usize| -> [i16; 10] {
             let a: [i16; 10] = std::array::from_fn(|k| i16::from(a[first + 4 * (k / 2) + k % 2]));
             std::array::from_fn(|k| if k % 5 == 4 { a[k] } else { a[k] - 3 * a[k + 1] })

@@ -7,6 +7,7 @@
 #![allow(clippy::needless_range_loop)] // Registers, tokens and groups are counted, several arrays at once.
 
 use super::AttendArgs;
+use super::chunks::{as_chunks, as_chunks_mut};
 use super::float::{exp_nonpositive, tree};
 use super::kv_page::{KvNumber, KvPage};
 
@@ -79,7 +80,7 @@ pub(super) fn probabilities(scores: &mut [f32], total: usize) {
         let larger = |m: f32, x: f32| if x > m { x } else { m };
         let mut lanes = [f32::NEG_INFINITY; 16];
         for page in 0..pages {
-            let (body, tail) = scores[place(page)].as_chunks::<16>();
+            let (body, tail) = as_chunks::<16, _>(&scores[place(page)]);
             for chunk in body {
                 for l in 0..16 {
                     lanes[l] = larger(lanes[l], chunk[l]);
@@ -92,7 +93,7 @@ pub(super) fn probabilities(scores: &mut [f32], total: usize) {
         let max = lanes.into_iter().fold(f32::NEG_INFINITY, larger);
         let mut lanes = [0f32; 16];
         for page in 0..pages {
-            let (body, tail) = scores[place(page)].as_chunks_mut::<16>();
+            let (body, tail) = as_chunks_mut::<16, _>(&mut scores[place(page)]);
             for chunk in body {
                 for l in 0..16 {
                     chunk[l] = exp_nonpositive(chunk[l] - max);
@@ -222,9 +223,9 @@ fn page_scores<L: FloatLanes, E: KvNumber, const HEADS: usize, const WIDTH: usiz
 ) {
     let Scores { rows, seen, factors } = scores;
     let (rows, seen) = (&mut rows[head * PAGE..], *seen);
-    let (factors, _) = factors.as_chunks::<16>();
-    let (vectors, _) = keys.as_chunks::<16>();
-    let (vectors, _) = vectors.as_chunks::<WIDTH>();
+    let (factors, _) = as_chunks::<16, _>(factors);
+    let (vectors, _) = as_chunks::<16, _>(keys);
+    let (vectors, _) = as_chunks::<WIDTH, _>(vectors);
     let stretches = PAGE / 16 / WIDTH;
     for stretch in 0..seen.div_ceil(16 * WIDTH) {
         let mut sums = [[L::splat(0.0); WIDTH]; HEADS];
@@ -311,7 +312,7 @@ fn page_values_at<L: FloatLanes, E: KvNumber, const HEADS: usize, const V: usize
     let (width, at) = (out.len() / HEADS, at + done);
     let mut sums = [[L::splat(0.0); V]; HEADS];
     for h in 0..HEADS {
-        let (place, _) = out[h * width + done..].as_chunks::<16>();
+        let (place, _) = as_chunks::<16, _>(&out[h * width + done..]);
         for v in 0..V {
             sums[h][v] = L::load(&place[v]);
         }
@@ -320,7 +321,7 @@ fn page_values_at<L: FloatLanes, E: KvNumber, const HEADS: usize, const V: usize
         for line in 0..(16 * V * size_of::<E>()).div_ceil(64) {
             L::prefetch_line(ahead.wrapping_add((j * d + at) * size_of::<E>() + 64 * line));
         }
-        let (value, _) = value[at..].as_chunks::<16>();
+        let (value, _) = as_chunks::<16, _>(&value[at..]);
         let mut loaded = [L::splat(0.0); V];
         for v in 0..V {
             loaded[v] = E::load::<L>(&value[v]);
@@ -333,118 +334,9 @@ fn page_values_at<L: FloatLanes, E: KvNumber, const HEADS: usize, const V: usize
         }
     }
     for h in 0..HEADS {
-        let (place, _) = out[h * width + done..].as_chunks_mut::<16>();
+        let (place, _) = as_chunks_mut::<16, _>(&mut out[h * width + done..]);
         for v in 0..V {
             L::store(sums[h][v], &mut place[v]);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kernels::kv_page::{Order, write};
-    use crate::kernels::{Isa, Kernels, KvFormat};
-    use proptest::prelude::*;
-
-    /// Numbers in [-1, 1) from a seed.
-    fn numbers(seed: u64, count: usize) -> Vec<f32> {
-        let mut state = seed | 1;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
-        (0..count).map(|_| next()).collect()
-    }
-
-    /// Pages of `total` positions and what they hold.
-    fn pages(format: KvFormat, order: Order, rows: &[f32], d: usize) -> (Vec<Vec<f32>>, Vec<f32>) {
-        let blank = || vec![0f32; format.page_bytes(d) / 4];
-        let mut pages: Vec<Vec<f32>> = (0..rows.len().div_ceil(d * PAGE)).map(|_| blank()).collect();
-        for (position, row) in rows.chunks_exact(d).enumerate() {
-            assert!(write(format, order, bytemuck::cast_slice_mut(&mut pages[position / PAGE]), position % PAGE, row));
-        }
-        let held = (0..rows.len()).map(|i| {
-            let (position, column) = (i / d, i % d);
-            let slot = position % PAGE;
-            let at = if order == Order::Keys { column * PAGE + slot } else { slot * d + column };
-            match KvPage::read(format, bytemuck::cast_slice(&pages[position / PAGE])) {
-                KvPage::F32(x) => x[at],
-                KvPage::F16(x) => x[at].widen(),
-                KvPage::Int8(x, steps) => x[at].widen() * steps[slot],
-            }
-        });
-        let held = held.collect();
-        (pages, held)
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(48))]
-
-        /// In every format, whatever the width of a head and the size of a group: what plain f64 arithmetic gives on what the pages
-        /// hold, and the same bits on every instruction set.
-        #[test]
-        fn attention_is_right_and_the_same_bits_on_every_instruction_set(
-            total in 1usize..200,
-            d in (1usize..36).prop_map(|d| 2 * d),
-            group in 1usize..7,
-            seed in any::<u64>(),
-        ) {
-            let queries: Vec<f32> = numbers(seed, group * d).iter().map(|q| 4.0 * q).collect();
-            let (keys, values) = (numbers(seed ^ 2, total * d), numbers(seed ^ 4, total * d));
-            for format in KvFormat::ALL {
-                let (key_pages, keys) = pages(format, Order::Keys, &keys, d);
-                let (value_pages, values) = pages(format, Order::Values, &values, d);
-                let args = AttendArgs {
-                    queries: &queries,
-                    keys: &|page| KvPage::read(format, bytemuck::cast_slice(&key_pages[page])),
-                    values: &|page| KvPage::read(format, bytemuck::cast_slice(&value_pages[page])),
-                    total,
-                    head_dim: d,
-                };
-                let run = |isa| {
-                    let kernels = Kernels::of(isa).unwrap();
-                    let (mut scores, mut out) = (vec![7.0; args.score_floats()], vec![f32::NAN; group * d]);
-                    kernels.attend(&args, &mut scores, &mut out);
-                    // In parts, as several threads do it.
-                    let mut parts = vec![7.0; scores.len()];
-                    for (page, part) in parts.chunks_mut(group * PAGE).enumerate() {
-                        kernels.scores(&args, page, part);
-                    }
-                    kernels.probabilities(&mut parts, total);
-                    assert_eq!(parts, scores);
-                    for at in (0..d).step_by(24) {
-                        let width = 24.min(d - at);
-                        let mut part = vec![f32::NAN; group * width];
-                        kernels.weighted_values(&args, &parts, at, &mut part);
-                        for (part, whole) in part.chunks(width).zip(out.chunks(d)) {
-                            assert_eq!(part, &whole[at..at + width]);
-                        }
-                    }
-                    (scores, out)
-                };
-                let (scores, out) = run(Isa::Portable);
-                for h in 0..group {
-                    let dot = |j: usize| (0..d).map(|i| f64::from(queries[h * d + i]) * f64::from(keys[j * d + i])).sum::<f64>();
-                    let raw: Vec<f64> = (0..total).map(|j| dot(j) / (d as f64).sqrt()).collect();
-                    let max = raw.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    let sum: f64 = raw.iter().map(|s| (s - max).exp()).sum();
-                    for j in 0..total {
-                        let p = (raw[j] - max).exp() / sum;
-                        prop_assert!((f64::from(scores[(j / PAGE * group + h) * PAGE + j % PAGE]) - p).abs() <= 1e-5 * p, "{format} probability {j}");
-                    }
-                    for i in 0..d {
-                        let o: f64 = (0..total).map(|j| (raw[j] - max).exp() / sum * f64::from(values[j * d + i])).sum();
-                        prop_assert!((f64::from(out[h * d + i]) - o).abs() < 2e-6, "{format} output {i} of head {h}");
-                    }
-                }
-                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                for isa in Isa::available() {
-                    let (s, o) = run(isa);
-                    prop_assert_eq!(bits(&s), bits(&scores), "{} {}", format, isa);
-                    prop_assert_eq!(bits(&o), bits(&out), "{} {}", format, isa);
-                }
-            }
         }
     }
 }

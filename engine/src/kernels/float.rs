@@ -3,6 +3,7 @@
 //! Reductions keep sixteen partial sums (element `i` goes to lane `i % 16`) and add the lanes up in one fixed tree. The compiler
 //! vectorises that without changing a bit, since Rust neither reorders float additions nor fuses multiply-adds on its own.
 
+use super::chunks::{as_chunks, as_chunks_mut};
 use crate::model::FloatRows;
 
 /// Partial sums of a reduction.
@@ -34,8 +35,8 @@ pub(super) fn tree(mut lanes: [f32; LANES]) -> f32 {
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; LANES];
-    let (a_body, a_tail) = a.as_chunks::<LANES>();
-    let (b_body, b_tail) = b.as_chunks::<LANES>();
+    let (a_body, a_tail) = as_chunks::<LANES, _>(a);
+    let (b_body, b_tail) = as_chunks::<LANES, _>(b);
     for (x, y) in a_body.iter().zip(b_body) {
         for l in 0..LANES {
             lanes[l] += x[l] * y[l];
@@ -152,7 +153,7 @@ pub(super) fn head(rows: FloatRows<'_>, hidden: &[f32], tokens: usize, out: &mut
 #[inline(always)]
 fn head_row<W>(row: &[W], widen: impl Fn(&W) -> f32 + Copy, hidden: &[f32], out: &mut [f32]) {
     let columns = row.len();
-    let (out4, out1) = out.as_chunks_mut::<4>();
+    let (out4, out1) = as_chunks_mut::<4, _>(out);
     let (hidden4, hidden1) = hidden.split_at(out4.len() * 4 * columns);
     for (out, hidden) in out4.iter_mut().zip(hidden4.chunks_exact(4 * columns)) {
         *out = head_tokens::<W, 4>(row, widen, hidden);
@@ -167,8 +168,8 @@ fn head_tokens<W, const N: usize>(row: &[W], widen: impl Fn(&W) -> f32 + Copy, h
     let columns = row.len();
     let token: [&[f32]; N] = std::array::from_fn(|t| &hidden[t * columns..(t + 1) * columns]);
     let mut lanes = [[0f32; LANES]; N];
-    let (body, tail) = row.as_chunks::<LANES>();
-    let tokens: [&[[f32; LANES]]; N] = token.map(|t| t.as_chunks::<LANES>().0);
+    let (body, tail) = as_chunks::<LANES, _>(row);
+    let tokens: [&[[f32; LANES]]; N] = token.map(|t| as_chunks::<LANES, _>(t).0);
     for (i, w) in body.iter().enumerate() {
         let w: [f32; LANES] = std::array::from_fn(|l| widen(&w[l]));
         for t in 0..N {

@@ -16,6 +16,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Kernels;
+use super::chunks::{as_chunks, as_chunks_mut};
 use super::columns::Columns;
 use super::float::ROUND;
 use super::pages::Pages;
@@ -122,8 +123,8 @@ pub(crate) struct ScreenPass<'a> {
 /// Estimates of the rows of groups `first .. first + out.len() / 16`.
 #[inline(always)]
 pub(super) fn screen<L: DotLanes>(pass: &ScreenPass<'_>, first: usize, out: &mut [f32]) {
-    let (blocks, _) = pass.codes.as_chunks::<BLOCK_BYTES>();
-    let (upper, lower) = (pass.upper.as_chunks::<2>().0, pass.lower.as_chunks::<2>().0);
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(pass.codes);
+    let (upper, lower) = (as_chunks::<2, _>(pass.upper).0, as_chunks::<2, _>(pass.lower).0);
     for (g, out) in out.chunks_mut(ROWS).enumerate() {
         let group = &blocks[(first + g) * pass.blocks..(first + g + 1) * pass.blocks];
         let mut sums = [[0i32; ROWS]; 2];
@@ -134,8 +135,9 @@ pub(super) fn screen<L: DotLanes>(pass: &ScreenPass<'_>, first: usize, out: &mut
                 L::prefetch(block.as_ptr().wrapping_add(4096));
                 let halves = L::unpack_4bit(block);
                 for p in 0..2 {
-                    partial[0][p] = L::mac(partial[0][p], halves[p], L::broadcast(upper[p]));
-                    partial[1][p] = L::mac(partial[1][p], halves[p], L::broadcast(lower[p]));
+                    let chain = p % (L::PARTIALS / 2);
+                    partial[0][chain] = L::mac(partial[0][chain], halves[p], L::broadcast(upper[p]));
+                    partial[1][chain] = L::mac(partial[1][chain], halves[p], L::broadcast(lower[p]));
                 }
             }
             for part in 0..2 {
@@ -173,8 +175,8 @@ impl HeadScreen {
                 for r in 0..count {
                     group_rows.row(r).widen(&mut row);
                     let step = kernels.screen_codes(&row, &offsets, &mut packed);
-                    let (pairs, _) = packed.as_chunks::<BLOCK>();
-                    for (pair, block) in pairs.iter().zip(group.as_chunks_mut::<BLOCK_BYTES>().0) {
+                    let (pairs, _) = as_chunks::<BLOCK, _>(&packed);
+                    for (pair, block) in pairs.iter().zip(as_chunks_mut::<BLOCK_BYTES, _>(group).0) {
                         let pair = u64::from_le_bytes(*pair);
                         let lane = (pair | pair >> 28) as u32;
                         block[4 * r..4 * r + 4].copy_from_slice(&lane.to_le_bytes());
@@ -380,9 +382,10 @@ mod tests {
         FloatMatrix::from_f32(rows, columns, (0..rows * columns).map(value).collect()).into()
     }
 
-    /// What `largest` finds, against the whole head: every token asked for, to the bit. False when it left it to the whole head.
+    /// What `largest` finds, against the whole head: every token asked for, to the bit. False when an instruction set left it to the
+    /// whole head.
     fn check(head: &FloatTable, hidden: &[f32], top: usize, also: &[u32]) -> bool {
-        let mut found = false;
+        let mut found = true;
         for isa in Isa::available() {
             let kernels = Kernels::of(isa).unwrap();
             let threads = Threads::new(Some(2)).unwrap();
@@ -391,8 +394,8 @@ mod tests {
             let screen = HeadScreen::new(head, kernels, &threads).unwrap();
             let mut scratch = ScreenScratch::default();
             let state = HeadAndState { head, hidden };
-            found = screen.largest(&state, kernels, &threads, top, also, &mut scratch);
-            if !found {
+            if !screen.largest(&state, kernels, &threads, top, also, &mut scratch) {
+                found = false;
                 continue;
             }
             let mut order: Vec<u32> = (0..head.rows() as u32).collect();
@@ -462,6 +465,16 @@ mod tests {
         let huge: Vec<f32> = hidden.iter().map(|h| h * 1e36).collect();
         let screen_gives_up = !check(&outliers, &huge, 1, &[]);
         assert!(screen_gives_up, "a state near the end of f32");
+    }
+
+    /// The largest codes and states of one sign: 16-bit sums that run on for too long overflow here.
+    #[test]
+    fn saturating_states_do_not_overflow() {
+        let (rows, columns) = (1024, 1000);
+        let head = table(rows, columns, |i| 1.0 + (i / columns) as f32 / rows as f32);
+        for hidden in [5.0, -5.0] {
+            assert!(check(&head, &vec![hidden; columns], 1, &[]), "{hidden}");
+        }
     }
 
     /// The error of the estimate is within the bound for every row: far within it, since the bound is for one in 2^80.

@@ -17,11 +17,15 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and VNNI.
     Avx512Vnni,
+    /// AArch64 with NEON: all of them.
+    Neon,
+    /// AArch64 with NEON and dot products (ARMv8.2 and later).
+    DotProd,
 }
 
 impl Isa {
     /// All instruction sets, the plainest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512Vnni, Isa::Neon, Isa::DotProd];
 
     /// The name used by `BITNET_ISA`.
     pub fn name(self) -> &'static str {
@@ -29,6 +33,8 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::Neon => "neon",
+            Isa::DotProd => "dotprod",
         }
     }
 
@@ -45,7 +51,13 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::DotProd => {
+                std::arch::is_aarch64_feature_detected!("neon") && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
+            // Another architecture's.
             _ => false,
         }
     }
@@ -116,7 +128,7 @@ mod tests {
         for isa in Isa::ALL {
             assert_eq!(isa.name().parse::<Isa>().unwrap(), isa);
         }
-        assert!("avx9".parse::<Isa>().unwrap_err().to_string().contains("portable, avx2, avx512vnni"));
+        assert!("avx9".parse::<Isa>().unwrap_err().to_string().contains("portable, avx2, avx512vnni, neon, dotprod"));
     }
 
     #[test]

@@ -2,8 +2,11 @@
 //! each instruction set behind one table of function pointers, [`Kernels`]. All instruction sets give the same bits: the integer part because it is exact, the
 //! float part because the order of every reduction is written out (sixteen lanes, one tree) and no multiply-add is fused.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod activations;
 mod attention;
+pub(crate) mod chunks;
 mod columns;
 pub(crate) mod float;
 mod head_matmul;
@@ -16,6 +19,8 @@ mod team;
 mod ternary_matmul;
 mod ternary_panel;
 mod ternary_tile;
+#[cfg(test)]
+mod tests;
 mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -96,8 +101,11 @@ impl Kernels {
             Isa::Avx2 => &x86_64::avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => &x86_64::avx512vnni::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => &aarch64::neon::KERNELS,
+            #[cfg(target_arch = "aarch64")]
+            Isa::DotProd => &aarch64::dotprod::KERNELS,
             // `require` has refused every instruction set that this architecture does not have.
-            #[cfg(not(target_arch = "x86_64"))]
             _ => &portable::KERNELS,
         })
     }
@@ -202,6 +210,7 @@ impl Kernels {
 /// Compiles the generic kernels for one instruction set and puts them in a table.
 macro_rules! kernel_table {
     ($isa:expr, $lanes:ty, $packing:expr, panel: ($groups:literal, $tokens:literal), heads: ($heads:literal, $width:literal) $(, $feature:literal)?) => {
+        // Unsafe functions: safe ones with target features need Rust 1.86.
         mod entry {
             use super::*;
             use $crate::kernels::head_screen::ScreenPass;
@@ -212,7 +221,7 @@ macro_rules! kernel_table {
             use $crate::ternary::interleaved::{self, Packing};
 
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn product(product: &Product<'_>, first: usize, end: usize, scratch: &mut PanelScratch) {
+            pub(super) unsafe fn product(product: &Product<'_>, first: usize, end: usize, scratch: &mut PanelScratch) {
                 if product.is_tiled() {
                     for panel in (first..end).step_by($groups) {
                         if end - panel < $groups {
@@ -230,58 +239,57 @@ macro_rules! kernel_table {
                 }
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> bool {
+            pub(super) unsafe fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) -> bool {
                 float::rms_norm(x, gain, eps, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn quantize(x: &[f32], out: &mut [i8]) -> Option<float::ActivationScale> {
+            pub(super) unsafe fn quantize(x: &[f32], out: &mut [i8]) -> Option<float::ActivationScale> {
                 float::quantize(x, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn relu2_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+            pub(super) unsafe fn relu2_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 float::relu2_gate(gate, up, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
+            pub(super) unsafe fn silu_gate(gate: &[f32], up: &[f32], out: &mut [f32]) {
                 float::silu_gate(gate, up, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn scores(args: &AttendArgs<'_>, first: usize, out: &mut [f32]) {
+            pub(super) unsafe fn scores(args: &AttendArgs<'_>, first: usize, out: &mut [f32]) {
                 attention::scores::<$lanes, $heads, $width>(args, first, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn probabilities(scores: &mut [f32], total: usize) {
+            pub(super) unsafe fn probabilities(scores: &mut [f32], total: usize) {
                 attention::probabilities(scores, total)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn weighted_values(args: &AttendArgs<'_>, probabilities: &[f32], at: usize, out: &mut [f32]) {
+            pub(super) unsafe fn weighted_values(args: &AttendArgs<'_>, probabilities: &[f32], at: usize, out: &mut [f32]) {
                 attention::weighted_values::<$lanes, $heads, $width>(args, probabilities, at, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn head(rows: FloatRows<'_>, hidden: &[f32], tokens: usize, out: &mut [f32]) {
+            pub(super) unsafe fn head(rows: FloatRows<'_>, hidden: &[f32], tokens: usize, out: &mut [f32]) {
                 float::head(rows, hidden, tokens, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn screen(pass: &ScreenPass<'_>, first: usize, out: &mut [f32]) {
+            pub(super) unsafe fn screen(pass: &ScreenPass<'_>, first: usize, out: &mut [f32]) {
                 head_screen::screen::<$lanes>(pass, first, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn screen_codes(row: &[f32], offsets: &[f32], out: &mut [u8]) -> f32 {
+            pub(super) unsafe fn screen_codes(row: &[f32], offsets: &[f32], out: &mut [u8]) -> f32 {
                 head_screen::codes(row, offsets, out)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn all_finite(x: &[f32]) -> bool {
+            pub(super) unsafe fn all_finite(x: &[f32]) -> bool {
                 float::all_finite(x)
             }
             $(#[target_feature(enable = $feature)])?
-            pub(super) fn pack(packing: Packing, lanes: &[u32], out: &mut [u8]) {
+            pub(super) unsafe fn pack(packing: Packing, lanes: &[u32], out: &mut [u8]) {
                 interleaved::pack_lanes(packing, lanes, out)
             }
         }
 
         // SAFETY (of every block in the table): the table is reachable through `Kernels::of` only, which has checked that the CPU
         // has the features that the entries were compiled with; the portable table needs none.
-        #[allow(unused_unsafe)]
         pub(in $crate::kernels) static KERNELS: $crate::kernels::Kernels = $crate::kernels::Kernels {
             isa: $isa,
             packing: $packing,

@@ -20,6 +20,7 @@ impl DotLanes for Portable {
     const RUN: usize = 1 << 20;
     const RUN_4BIT: usize = 1 << 17;
     const CHAINS: usize = 1;
+    const PARTIALS: usize = 4;
 
     #[inline(always)]
     fn zero() -> Self::Partial {

@@ -5,6 +5,7 @@
 
 #![allow(clippy::needless_range_loop)] // Registers, tokens and groups are counted, several arrays at once.
 
+use super::chunks::{as_chunks, as_chunks_mut};
 use super::ternary_matmul::Product;
 use super::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS, unpack_base3};
 use crate::ternary::interleaved::Packing;
@@ -31,11 +32,11 @@ pub(super) fn panel<L: DotLanes, const G: usize, const T: usize>(
     let stretch = STRETCH.min(L::RUN);
     let steps = product.activations.steps();
     scratch.lines.resize(stretch * G, Line([0; BLOCK_BYTES]));
-    let (lines, _) = scratch.lines.as_chunks_mut::<G>();
+    let (lines, _) = as_chunks_mut::<G, _>(&mut scratch.lines);
     scratch.sums.clear();
     scratch.sums.resize(product.activations.tiles::<T>().count() * G * T, [0; ROWS]);
-    let (sums, _) = scratch.sums.as_chunks_mut::<T>();
-    let (sums, _) = sums.as_chunks_mut::<G>();
+    let (sums, _) = as_chunks_mut::<T, _>(&mut scratch.sums);
+    let (sums, _) = as_chunks_mut::<G, _>(sums);
     let mut from = 0;
     while from < steps {
         let count = stretch.min(steps - from);
@@ -67,10 +68,10 @@ fn unpack_stretch<L: DotLanes, const G: usize>(
     from: usize,
     lines: &mut [[Line; G]],
 ) {
-    let (blocks, _) = product.weights.group(group).as_chunks::<BLOCK_BYTES>();
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(product.weights.group(group));
     match product.weights.packing() {
         Packing::TwoBits => {
-            for (block, lines) in blocks[from / 4..].iter().zip(lines.as_chunks_mut::<4>().0) {
+            for (block, lines) in blocks[from / 4..].iter().zip(as_chunks_mut::<4, _>(lines).0) {
                 let planes = L::unpack(block);
                 for p in 0..4 {
                     L::store(planes[p], &mut lines[p][g]);
@@ -78,7 +79,7 @@ fn unpack_stretch<L: DotLanes, const G: usize>(
             }
         }
         Packing::BaseThree => {
-            for (block, lines) in blocks[from / 5..].iter().zip(lines.as_chunks_mut::<5>().0) {
+            for (block, lines) in blocks[from / 5..].iter().zip(as_chunks_mut::<5, _>(lines).0) {
                 let planes = unpack_base3::<L>(block);
                 for p in 0..5 {
                     L::store(planes[p], &mut lines[p][g]);

@@ -5,6 +5,7 @@
 
 #![allow(clippy::needless_range_loop)] // Registers, tokens and groups are counted, several arrays at once.
 
+use super::chunks::as_chunks;
 use super::ternary_matmul::Product;
 use crate::ternary::interleaved::Packing;
 
@@ -40,6 +41,8 @@ pub(crate) trait DotLanes {
     const RUN_4BIT: usize;
     /// Independent sums that hide the latency of [`Self::mac`]: 1, 2 or 4.
     const CHAINS: usize;
+    /// Partial sums that the registers hold beside the codes: 2 or 4.
+    const PARTIALS: usize;
 
     /// Zeroes.
     fn zero() -> Self::Partial;
@@ -87,7 +90,7 @@ const AHEAD: usize = 4096;
 pub(super) fn stream<L: DotLanes>(product: &Product<'_>, group: usize) {
     let mut token = 0;
     while token < product.tokens() {
-        token += match (product.weights.packing(), product.tokens() - token) {
+        token += match (product.weights.packing(), (product.tokens() - token).min(L::PARTIALS)) {
             (Packing::TwoBits, 4..) => tokens_at_once::<L, 4>(product, group, token),
             (Packing::TwoBits, 2..) => tokens_at_once::<L, 2>(product, group, token),
             (Packing::TwoBits, _) => tokens_at_once::<L, 1>(product, group, token),
@@ -101,8 +104,8 @@ pub(super) fn stream<L: DotLanes>(product: &Product<'_>, group: usize) {
 /// `N` tokens against one group of two-bit codes, the sums in registers. Gives `N`.
 #[inline(always)]
 fn tokens_at_once<L: DotLanes, const N: usize>(product: &Product<'_>, group: usize, token: usize) -> usize {
-    let (blocks, _) = product.weights.group(group).as_chunks::<BLOCK_BYTES>();
-    let rows: [&[[i32; 4]]; N] = std::array::from_fn(|n| product.activations.row(token + n).as_chunks().0);
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(product.weights.group(group));
+    let rows: [&[[i32; 4]]; N] = std::array::from_fn(|n| as_chunks(product.activations.row(token + n)).0);
     let mut sums = [[0i32; ROWS]; N];
     let mut done = 0;
     for run in blocks.chunks((L::RUN / 4).max(1)) {
@@ -134,8 +137,8 @@ fn tokens_at_once<L: DotLanes, const N: usize>(product: &Product<'_>, group: usi
 /// `N` tokens against one group in base three, by the prefixes of its words. Gives `N`.
 #[inline(always)]
 fn tokens_by_prefixes<L: DotLanes, const N: usize>(product: &Product<'_>, group: usize, token: usize) -> usize {
-    let (blocks, _) = product.weights.group(group).as_chunks::<BLOCK_BYTES>();
-    let rows: [&[[i32; 10]]; N] = std::array::from_fn(|n| product.activations.row(token + n).as_chunks().0);
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(product.weights.group(group));
+    let rows: [&[[i32; 10]]; N] = std::array::from_fn(|n| as_chunks(product.activations.row(token + n)).0);
     let mut sums = [[0i32; ROWS]; N];
     let mut done = 0;
     // A prefix is at most 3^j - 1 and its factor at most 127 + 3 * 128: less than 2^20 a block.

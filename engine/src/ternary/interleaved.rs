@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_contracts::{MemoryError, Result};
 
+use crate::kernels::chunks::{as_chunks, as_chunks_mut};
 use crate::kernels::{Kernels, Pages, Threads};
 
 const ROWS: usize = 16;
@@ -142,7 +143,7 @@ impl InterleavedMatrix {
     /// Unpacks row `row` into `columns` trits.
     pub fn unpack_row(&self, row: usize, out: &mut [i8]) {
         let group = self.group(row / ROWS);
-        let blocks = group.as_chunks::<BLOCK_BYTES>().0;
+        let blocks = as_chunks::<BLOCK_BYTES, _>(group).0;
         for (out, block) in out.chunks_mut(self.packing.block()).zip(blocks) {
             let lane = &block[4 * (row % ROWS)..][..4];
             match self.packing {
@@ -152,7 +153,7 @@ impl InterleavedMatrix {
                     }
                 }
                 Packing::BaseThree => {
-                    for (word, bytes) in lane.as_chunks::<2>().0.iter().enumerate() {
+                    for (word, bytes) in as_chunks::<2, _>(lane).0.iter().enumerate() {
                         let mut fraction = u16::from_le_bytes(*bytes);
                         for k in 0..WORD {
                             let product = u32::from(fraction) * 3;
@@ -247,9 +248,9 @@ impl Packer {
 /// the larger instruction sets on purpose: with gathers, which the compiler takes there, it is several times slower.
 fn lanes(trits: &[i8], out: &mut Vec<u32>) {
     let width = trits.len() / ROWS;
-    let rows: [&[[i8; 4]]; ROWS] = std::array::from_fn(|r| trits[r * width..(r + 1) * width].as_chunks::<4>().0);
+    let rows: [&[[i8; 4]]; ROWS] = std::array::from_fn(|r| as_chunks::<4, _>(&trits[r * width..(r + 1) * width]).0);
     out.resize(width / 4 * ROWS, 0);
-    for (d, lanes) in out.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+    for (d, lanes) in as_chunks_mut::<ROWS, _>(out).0.iter_mut().enumerate() {
         for r in 0..ROWS {
             lanes[r] = u32::from_le_bytes(bytemuck::cast(rows[r][d]));
         }
@@ -259,8 +260,8 @@ fn lanes(trits: &[i8], out: &mut Vec<u32>) {
 /// Packs [`lanes`] of whole blocks of columns: see `Kernels::pack`.
 #[inline(always)]
 pub(crate) fn pack_lanes(packing: Packing, lanes: &[u32], out: &mut [u8]) {
-    let (lanes, _) = lanes.as_chunks::<ROWS>();
-    for (lanes, block) in lanes.chunks_exact(packing.block() / 4).zip(out.as_chunks_mut::<BLOCK_BYTES>().0) {
+    let (lanes, _) = as_chunks::<ROWS, _>(lanes);
+    for (lanes, block) in lanes.chunks_exact(packing.block() / 4).zip(as_chunks_mut::<BLOCK_BYTES, _>(out).0) {
         let mut words = [0u32; ROWS];
         match packing {
             Packing::TwoBits => {

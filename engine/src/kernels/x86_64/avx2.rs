@@ -28,6 +28,7 @@ impl DotLanes for Avx2 {
     // At most 2 * 15 * 128 = 3840: 8 fit.
     const RUN_4BIT: usize = 8;
     const CHAINS: usize = 1;
+    const PARTIALS: usize = 4;
 
     #[inline(always)]
     fn zero() -> Self::Partial {

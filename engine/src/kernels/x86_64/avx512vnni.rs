@@ -26,6 +26,7 @@ impl DotLanes for Avx512Vnni {
     const RUN: usize = 1 << 20;
     const RUN_4BIT: usize = 1 << 17;
     const CHAINS: usize = 4;
+    const PARTIALS: usize = 4;
 
     #[inline(always)]
     fn zero() -> Self::Partial {
