@@ -9,6 +9,7 @@ pub(crate) mod float;
 mod head_matmul;
 mod head_screen;
 mod isa;
+mod limits;
 mod pages;
 mod portable;
 mod ternary_matmul;
@@ -24,6 +25,7 @@ pub(crate) use attention::PAGE;
 pub(crate) use head_matmul::head_matmul;
 pub(crate) use head_screen::{HeadAndState, HeadScreen, ScreenScratch};
 pub use isa::{ISA_VARIABLE, Isa};
+pub use limits::Limits;
 pub(crate) use pages::Pages;
 pub use ternary_matmul::{TernaryJob, ternary_matmul};
 pub use threads::Threads;
@@ -62,6 +64,9 @@ pub struct Kernels {
     screen: fn(&head_screen::ScreenPass<'_>, usize, &mut [f32]),
     screen_codes: fn(&[f32], &[f32], &mut [u8]) -> f32,
     all_finite: fn(&[f32]) -> bool,
+    /// See [`limits`].
+    read_limit: fn(&[u8]) -> u64,
+    mac_limit: fn(usize) -> u64,
 }
 
 impl Kernels {
@@ -165,7 +170,7 @@ macro_rules! kernel_table {
             use super::*;
             use $crate::kernels::head_screen::ScreenPass;
             use $crate::kernels::ternary_matmul::Product;
-            use $crate::kernels::{AttendArgs, attention, float, head_screen, ternary_panel, ternary_tile};
+            use $crate::kernels::{AttendArgs, attention, float, head_screen, limits, ternary_panel, ternary_tile};
             use $crate::kernels::ternary_panel::PanelScratch;
             use $crate::model::FloatRows;
 
@@ -223,6 +228,14 @@ macro_rules! kernel_table {
             pub(super) fn all_finite(x: &[f32]) -> bool {
                 float::all_finite(x)
             }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn read_limit(bytes: &[u8]) -> u64 {
+                limits::read::<$lanes>(bytes)
+            }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) fn mac_limit(passes: usize) -> u64 {
+                limits::multiply::<$lanes, $groups, $tokens>(passes)
+            }
         }
 
         // SAFETY (of every block in the table): the table is reachable through `Kernels::of` only, which has checked that the CPU
@@ -243,6 +256,8 @@ macro_rules! kernel_table {
             screen: |pass, first, out| unsafe { entry::screen(pass, first, out) },
             screen_codes: |row, offsets, out| unsafe { entry::screen_codes(row, offsets, out) },
             all_finite: |x| unsafe { entry::all_finite(x) },
+            read_limit: |bytes| unsafe { entry::read_limit(bytes) },
+            mac_limit: |passes| unsafe { entry::mac_limit(passes) },
         };
     };
 }
