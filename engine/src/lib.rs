@@ -32,6 +32,7 @@ pub mod model;
 pub mod reference;
 pub mod ternary;
 
-pub use cpu::CpuEngine;
+pub use cpu::{CpuEngine, StepBytes};
+pub use forward::Times;
 pub use generate::SAMPLER_VERSION;
 pub use session::EngineOptions;

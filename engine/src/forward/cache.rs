@@ -96,6 +96,11 @@ impl CpuCache {
         &page[head * floats..(head + 1) * floats]
     }
 
+    /// Bytes of one position's keys and values in all layers.
+    pub(crate) fn bytes_per_position(&self) -> usize {
+        2 * self.layers * self.kv_heads * self.head_dim * size_of::<f32>()
+    }
+
     /// Bytes of all pages.
     pub(crate) fn bytes(&self) -> usize {
         let pages: usize = self.sequences.iter().flatten().map(|l| l.keys.len() + l.values.len()).sum();

@@ -9,7 +9,8 @@ mod run;
 mod transformer;
 
 pub(crate) use cache::CpuCache;
-pub(crate) use run::{AttentionWeights, Observed, Row, Run, Times, Wanted};
+pub use run::Times;
+pub(crate) use run::{AttentionWeights, Observed, Row, Run, Wanted};
 pub(crate) use transformer::Transformer;
 
 #[cfg(test)]
