@@ -25,6 +25,8 @@ mod forward;
 mod generate;
 mod session;
 
+#[doc(hidden)]
+pub mod alone;
 pub mod backends;
 #[allow(unsafe_code)]
 pub mod kernels;
