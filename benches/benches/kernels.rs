@@ -1,61 +1,78 @@
-//! The ternary product alone: one token (decode, bound by memory) and many (prefill, bound by arithmetic), on every instruction set
-//! that this CPU has, in both packings, one thread. Each case checks its output against plain integers before it is timed.
+//! Kernels by themselves on every instruction set that this CPU has, on one thread: the ternary product for one token (bound by memory)
+//! and many (bound by arithmetic), the output head whole and screened, norm and quantisation, attention. Each case checks its output
+//! against a plain computation before it is timed; behind each stands what the machine allows, measured at the start.
+//!
+//! What is bound by memory is larger than a last-level cache here, so that it is read from memory every time, as in a model.
 
-use bitnet_engine::kernels::{Isa, Kernels, QuantizedActivations, TernaryJob, Threads, ternary_matmul};
-use bitnet_engine::ternary::interleaved::{InterleavedMatrix, Packing, TritSource};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+mod beside;
 
-/// The attention output projection of bitnet-b1.58-2B-4T.
-const ROWS: usize = 2560;
-const COLUMNS: usize = 2560;
+use std::rc::Rc;
 
-fn trit(row: usize, column: usize) -> i8 {
-    ((row * 31 + column * 17 + row * column) % 3) as i8 - 1
+use benches::cases::{AttentionCase, Case, HeadCase, NormCase, ScreenedHeadCase, Shape, TernaryCase, TernaryWeights};
+use bitnet_engine::kernels::{Isa, Kernels, Limits, Threads};
+use bitnet_engine::ternary::interleaved::Packing;
+use criterion::{Criterion, criterion_group, criterion_main};
+
+/// Width of bitnet-b1.58-2B-4T.
+const WIDTH: usize = 2560;
+/// Rows of a matrix of 82 or 102 MB.
+const MANY_ROWS: usize = 160_000;
+/// Rows of a head of 256 MB, whose screen has 64.
+const HEAD_ROWS: usize = 50_000;
+
+/// One instruction set and what the machine allows it.
+struct Path {
+    kernels: &'static Kernels,
+    limits: Limits,
 }
 
-fn activation(token: usize, column: usize) -> f32 {
-    ((token * 37 + column * 101) % 255) as f32 - 127.0
-}
-
-fn ternary(c: &mut Criterion) {
-    let threads = Threads::new(Some(1)).expect("one thread");
-    let row = |row: usize, out: &mut [i8]| {
-        out.iter_mut().enumerate().for_each(|(column, t)| *t = trit(row, column));
-        Ok(())
+fn paths(threads: &Threads) -> Vec<Path> {
+    let path = |isa| {
+        let kernels = Kernels::of(isa).expect("available");
+        Path { kernels, limits: Limits::measure(kernels, threads).expect("memory for the limits") }
     };
-    let source = TritSource { rows: ROWS, columns: COLUMNS, scale: 1.0, row: &row };
+    Isa::available().into_iter().map(path).collect()
+}
+
+/// Checks and times what `make` makes, on every path.
+fn time<C: Case>(c: &mut Criterion, name: &str, paths: &[Path], make: impl Fn(&Kernels) -> C) {
+    for Path { kernels, limits } in paths {
+        let mut case = make(kernels);
+        case.run().expect("a run");
+        case.verify().unwrap_or_else(|wrong| panic!("{name}, {}: {wrong}", kernels.isa()));
+        let mut group = beside::group(c, name, case.work());
+        beside::time(&mut group, kernels.isa().name(), case.work(), limits, || case.run().expect("a run"));
+        group.finish();
+    }
+}
+
+fn kernels(c: &mut Criterion) {
+    let threads = Threads::new(Some(1)).expect("one thread");
+    let paths = paths(&threads);
     for packing in Packing::ALL {
-        let packer = Kernels::of(Isa::best()).expect("the best there is").with_packing(packing);
-        let weights = InterleavedMatrix::pack(&source, &packer, &threads).expect("six million weights fit");
-        for tokens in [1, 132] {
-            let x: Vec<f32> = (0..tokens * COLUMNS).map(|i| activation(i / COLUMNS, i % COLUMNS)).collect();
-            let mut group = c.benchmark_group(format!("ternary {ROWS}x{COLUMNS}, {packing:?}, {tokens} tokens"));
-            group.throughput(Throughput::Elements((tokens * ROWS * COLUMNS) as u64));
-            for isa in Isa::available() {
-                let kernels = Kernels::of(isa).expect("available").with_packing(packing);
-                let mut q = QuantizedActivations::default();
-                q.quantize(&kernels, &threads, &x, COLUMNS, &|| "x".to_string()).expect("finite");
-                let mut out = vec![0f32; tokens * ROWS];
-                let run = |out: &mut [f32]| {
-                    ternary_matmul(&kernels, &threads, &q, [TernaryJob { weights: &weights, out, add: false }]);
-                };
-                run(&mut out);
-                verify(&out, tokens);
-                group.bench_function(BenchmarkId::from_parameter(isa), |b| b.iter(|| run(&mut out)));
-            }
-            group.finish();
+        for (rows, tokens) in [(MANY_ROWS, 1), (WIDTH, 132)] {
+            let weights = TernaryWeights::new(Shape { rows, columns: WIDTH }, packing, &threads);
+            let weights = Rc::new(weights.expect("memory for the weights"));
+            time(c, &format!("ternary {rows}x{WIDTH}, {packing:?}, {tokens} tokens"), &paths, |kernels| {
+                TernaryCase::new(weights.clone(), kernels, &threads, tokens).expect("finite activations")
+            });
         }
     }
+    time(c, &format!("head {HEAD_ROWS}x{WIDTH}, bf16"), &paths, |kernels| {
+        HeadCase::new(kernels, &threads, HEAD_ROWS, WIDTH).expect("memory for the head")
+    });
+    time(c, &format!("head {HEAD_ROWS}x{WIDTH}, screened"), &paths, |kernels| {
+        ScreenedHeadCase::new(kernels, &threads, HEAD_ROWS, WIDTH).expect("memory for the head")
+    });
+    time(c, &format!("norm and quantise 132x{WIDTH}"), &paths, |kernels| NormCase::new(kernels, &threads, 132, WIDTH));
+    // The heads of 30 layers of the 2B model, and those of one.
+    time(c, "attention, decode at depth 1000", &paths, |kernels| {
+        AttentionCase::new(kernels, (150, 4, 128), 1000..1001).expect("memory for keys and values")
+    });
+    time(c, "attention, prefill of positions 448 to 511", &paths, |kernels| {
+        AttentionCase::new(kernels, (5, 4, 128), 448..512).expect("memory for keys and values")
+    });
 }
 
-/// The activations are integers with absmax 127, so the quantiser leaves them as they are.
-fn verify(out: &[f32], tokens: usize) {
-    let k = (1.0f32 / 127.0) * 127.0;
-    for (token, row) in [(0, 0), (tokens - 1, ROWS - 1), (tokens / 2, 1237)] {
-        let sum: i32 = (0..COLUMNS).map(|c| i32::from(trit(row, c)) * activation(token, c) as i32).sum();
-        assert_eq!(out[token * ROWS + row], sum as f32 / k, "row {row} of token {token}");
-    }
-}
-
-criterion_group!(benches, ternary);
+criterion_group!(benches, kernels);
 criterion_main!(benches);

@@ -12,7 +12,7 @@ use bitnet_contracts::{
 
 use crate::forward::{AttentionWeights, CpuCache, Observed, Row, Run, Times, Transformer, Wanted};
 use crate::generate::{self, GenerationContext, Logits, StepModel};
-use crate::kernels::{Isa, Kernels, Threads};
+use crate::kernels::{Isa, Kernels, Limits, Threads};
 use crate::model::{Checkpoint, ModelDescription, ModelSource, Tokenizer};
 use crate::session::{self, EngineOptions, TokenBatch};
 
@@ -31,6 +31,25 @@ pub struct CpuEngine {
     session_len: usize,
     logits: Vec<f32>,
     peak: usize,
+}
+
+/// Bytes that a step of `generate` reads at least, each once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StepBytes {
+    /// Every layer's weights.
+    pub weights: usize,
+    /// The screen of the head.
+    pub screen: usize,
+    /// Keys and values of the positions that are attended to.
+    pub keys_and_values: usize,
+}
+
+impl StepBytes {
+    /// All of them.
+    pub fn total(&self) -> usize {
+        self.weights + self.screen + self.keys_and_values
+    }
 }
 
 /// What all callers of one loaded model share.
@@ -143,7 +162,32 @@ impl CpuEngine {
 
     /// Bytes of weights that a step of `generate` reads at least: every layer and the screen of the head, once.
     pub fn bytes_per_step(&self) -> usize {
-        self.shared.model.bytes_per_step()
+        let (weights, screen) = self.shared.model.bytes_per_step();
+        weights + screen
+    }
+
+    /// What a step of `generate` reads when its token sees `positions` positions, itself included.
+    pub fn step_bytes(&self, positions: usize) -> StepBytes {
+        let (weights, screen) = self.shared.model.bytes_per_step();
+        StepBytes { weights, screen, keys_and_values: positions * self.session.bytes_per_position() }
+    }
+
+    /// Ternary products of one token, attention's scores and the head not counted: one for every ternary weight.
+    pub fn products_per_token(&self) -> usize {
+        self.shared.model.ternary_weights()
+    }
+
+    /// What the machine allows this engine's instruction set and threads: see [`Limits::measure`].
+    ///
+    /// # Errors
+    /// As [`Limits::measure`].
+    pub fn limits(&self) -> Result<Limits> {
+        Limits::measure(self.run.kernels(), &self.shared.threads)
+    }
+
+    /// Where this caller's time went since the last call of this function or of [`BitNetInference::forward`].
+    pub fn take_times(&mut self) -> Times {
+        self.run.take_times()
     }
 
     /// As [`BitNetInference::generate`], with a look at every token as it comes.
@@ -200,11 +244,6 @@ impl CpuEngine {
     pub fn rewind(&mut self, len: usize) {
         // The pages stay: what they hold is never read before it is written again.
         self.session_len = self.session_len.min(len);
-    }
-
-    /// Bytes of keys and values that attention reads for every position behind it.
-    pub fn bytes_per_position(&self) -> usize {
-        self.session.bytes_per_position()
     }
 
     /// Appends `tokens` to the session.
@@ -281,7 +320,7 @@ impl CpuEngine {
         ForwardPassMetrics {
             total_time: total,
             embedding_time: times.embedding,
-            attention_time: times.attention,
+            attention_time: times.attention + times.attention_scores,
             feedforward_time: times.feed_forward,
             // The final norm; a layer's norms are one pass with the quantisation behind them and timed there.
             normalization_time: times.normalization,

@@ -25,6 +25,8 @@ mod forward;
 mod generate;
 mod session;
 
+#[doc(hidden)]
+pub mod alone;
 pub mod backends;
 #[allow(unsafe_code)]
 pub mod kernels;
@@ -32,6 +34,7 @@ pub mod model;
 pub mod reference;
 pub mod ternary;
 
-pub use cpu::CpuEngine;
+pub use cpu::{CpuEngine, StepBytes};
+pub use forward::Times;
 pub use generate::SAMPLER_VERSION;
 pub use session::EngineOptions;

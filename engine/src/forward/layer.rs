@@ -61,7 +61,7 @@ impl Layer {
         run.lap(|t| &mut t.attention);
         run.rotate_and_store(rope, index, rows, cache)?;
         run.attend(rope, index, rows, cache, observed);
-        run.lap(|t| &mut t.attention);
+        run.lap(|t| &mut t.attention_scores);
         run.sub_norm_and_quantize(&self.attention_sub_norm, "attention sub-norm", index)?;
         run.project_and_add(&self.o);
         run.lap(|t| &mut t.attention);
@@ -81,10 +81,19 @@ impl Layer {
         Ok(())
     }
 
+    fn linears(&self) -> [&TernaryLinear; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+
+    /// Ternary weights of the layer: so many products a token.
+    pub(super) fn ternary_weights(&self) -> usize {
+        self.linears().iter().map(|l| l.rows() * l.columns()).sum()
+    }
+
     /// Bytes of the layer's weights.
     pub(super) fn memory_bytes(&self) -> usize {
-        let linears = [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down];
         let norms = [&self.input_norm, &self.attention_sub_norm, &self.post_attention_norm, &self.ffn_sub_norm];
-        linears.iter().map(|l| l.memory_bytes()).sum::<usize>() + norms.iter().map(|n| n.capacity() * 4).sum::<usize>()
+        self.linears().iter().map(|l| l.memory_bytes()).sum::<usize>()
+            + norms.iter().map(|n| n.capacity() * 4).sum::<usize>()
     }
 }

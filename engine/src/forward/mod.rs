@@ -11,7 +11,8 @@ mod transformer;
 
 pub(crate) use attention::AttentionWeights;
 pub(crate) use cache::CpuCache;
-pub(crate) use run::{Observed, Row, Run, Times, Wanted};
+pub use run::Times;
+pub(crate) use run::{Observed, Row, Run, Wanted};
 pub(crate) use transformer::Transformer;
 
 #[cfg(test)]

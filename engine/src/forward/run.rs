@@ -30,15 +30,24 @@ pub(crate) struct Row {
     pub(crate) token: u32,
 }
 
-/// Where the time went.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Times {
-    pub(crate) embedding: Duration,
-    pub(crate) attention: Duration,
-    pub(crate) feed_forward: Duration,
-    pub(crate) normalization: Duration,
-    pub(crate) quantization: Duration,
-    pub(crate) logits: Duration,
+/// Where the time of some passes went.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Times {
+    /// Rows of the embedding and angles of the positions.
+    pub embedding: Duration,
+    /// Attention's four ternary products.
+    pub attention: Duration,
+    /// Rotation, the cache's new keys and values, scores, softmax, weighted values.
+    pub attention_scores: Duration,
+    /// The feed-forward block's three ternary products.
+    pub feed_forward: Duration,
+    /// The final norm.
+    pub normalization: Duration,
+    /// A layer's norms and its gate, each one pass with the quantisation behind it.
+    pub quantization: Duration,
+    /// The head, or its screen and the rows that pass it.
+    pub logits: Duration,
 }
 
 /// Which logits a caller wants.

@@ -66,9 +66,14 @@ impl Transformer {
         self.layers.iter().map(Layer::memory_bytes).sum::<usize>() + self.head().value_bytes()
     }
 
-    /// Bytes that a decode step reads at least: every layer and the head's screen once.
-    pub(crate) fn bytes_per_step(&self) -> usize {
-        self.layers.iter().map(Layer::memory_bytes).sum::<usize>() + self.screen.memory_bytes()
+    /// Bytes of every layer's weights and of the head's screen: what a decode step reads of weights at least.
+    pub(crate) fn bytes_per_step(&self) -> (usize, usize) {
+        (self.layers.iter().map(Layer::memory_bytes).sum(), self.screen.memory_bytes())
+    }
+
+    /// Ternary weights of all layers.
+    pub(crate) fn ternary_weights(&self) -> usize {
+        self.layers.iter().map(Layer::ternary_weights).sum()
     }
 }
 

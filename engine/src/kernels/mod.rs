@@ -13,6 +13,7 @@ mod head_matmul;
 mod head_screen;
 mod isa;
 mod kv_page;
+mod limits;
 mod pages;
 mod portable;
 mod team;
@@ -33,6 +34,7 @@ pub(crate) use head_screen::{HeadAndState, HeadScreen, ScreenScratch};
 pub use isa::{ISA_VARIABLE, Isa};
 pub use kv_page::KvFormat;
 pub(crate) use kv_page::{KvPage, Order, write as write_kv};
+pub use limits::Limits;
 pub(crate) use pages::Pages;
 pub use ternary_matmul::{TernaryJob, ternary_matmul};
 pub use threads::Threads;
@@ -86,6 +88,9 @@ pub struct Kernels {
     screen_codes: fn(&[f32], &[f32], &mut [u8]) -> f32,
     all_finite: fn(&[f32]) -> bool,
     pack: fn(Packing, &[u32], &mut [u8]),
+    /// See [`limits`].
+    read_limit: fn(&[u8]) -> u64,
+    mac_limit: fn(usize) -> u64,
 }
 
 impl Kernels {
@@ -215,7 +220,7 @@ macro_rules! kernel_table {
             use super::*;
             use $crate::kernels::head_screen::ScreenPass;
             use $crate::kernels::ternary_matmul::Product;
-            use $crate::kernels::{AttendArgs, attention, float, head_screen, ternary_panel, ternary_tile};
+            use $crate::kernels::{AttendArgs, attention, float, head_screen, limits, ternary_panel, ternary_tile};
             use $crate::kernels::ternary_panel::PanelScratch;
             use $crate::model::FloatRows;
             use $crate::ternary::interleaved::{self, Packing};
@@ -286,6 +291,14 @@ macro_rules! kernel_table {
             pub(super) unsafe fn pack(packing: Packing, lanes: &[u32], out: &mut [u8]) {
                 interleaved::pack_lanes(packing, lanes, out)
             }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn read_limit(bytes: &[u8]) -> u64 {
+                limits::read::<$lanes>(bytes)
+            }
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn mac_limit(passes: usize) -> u64 {
+                limits::multiply::<$lanes, $groups, $tokens>(passes)
+            }
         }
 
         // SAFETY (of every block in the table): the table is reachable through `Kernels::of` only, which has checked that the CPU
@@ -310,6 +323,8 @@ macro_rules! kernel_table {
             screen_codes: |row, offsets, out| unsafe { entry::screen_codes(row, offsets, out) },
             all_finite: |x| unsafe { entry::all_finite(x) },
             pack: |packing, lanes, out| unsafe { entry::pack(packing, lanes, out) },
+            read_limit: |bytes| unsafe { entry::read_limit(bytes) },
+            mac_limit: |passes| unsafe { entry::mac_limit(passes) },
         };
     };
 }

@@ -63,6 +63,12 @@ impl FloatRows<'_> {
 }
 
 impl FloatMatrix {
+    /// A matrix of bfloat16 bit patterns, row-major.
+    pub(crate) fn from_bf16(rows: usize, columns: usize, values: Vec<u16>) -> Self {
+        assert_eq!(values.len(), rows * columns);
+        Self { rows, columns, values: FloatValues::Bf16(values) }
+    }
+
     #[cfg(test)]
     pub(crate) fn from_f32(rows: usize, columns: usize, values: Vec<f32>) -> Self {
         assert_eq!(values.len(), rows * columns);

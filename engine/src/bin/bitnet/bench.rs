@@ -1,12 +1,16 @@
 //! `bitnet bench`: prefill and decode speed of the CPU engine.
 
+mod report;
+
 use std::io::{Write, stdout};
 use std::time::Instant;
 
 use bitnet_contracts::BitNetInference;
-use bitnet_engine::CpuEngine;
+use bitnet_engine::{CpuEngine, Times};
 use clap::Args;
 use serde_json::json;
+
+use report::{Parts, Report};
 
 use crate::{ModelArgs, Outcome};
 
@@ -35,6 +39,8 @@ pub(crate) struct BenchArgs {
 struct Sample {
     prefill_s: f64,
     decode_s: f64,
+    prefill_times: Times,
+    decode_times: Times,
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Outcome {
@@ -70,7 +76,13 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
     let prefill = pp as f64 / prefill_s;
     let decode = tg as f64 / decode_s;
     let bytes_per_token = engine.bytes_per_step();
-    let report = json!({
+    let (mut prefill_parts, mut decode_parts) = (Parts::default(), Parts::default());
+    for sample in &samples {
+        prefill_parts.add(sample.prefill_times, sample.prefill_s);
+        decode_parts.add(sample.decode_times, sample.decode_s);
+    }
+    let limits = Report::measure(&engine, (depth + pp, tg), (prefill, decode), (prefill_parts, decode_parts))?;
+    let mut report = json!({
         "model": args.model.name(),
         "isa": engine.isa().name(),
         "threads": engine.threads(),
@@ -91,6 +103,9 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
         "engine_bytes": memory.peak_usage,
         "verified": true,
     });
+    if let Some(report) = report.as_object_mut() {
+        report.extend(limits.json());
+    }
     let mut out = stdout().lock();
     if args.json {
         writeln!(out, "{report:#}")?;
@@ -115,6 +130,7 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
             None => "unknown".to_string(),
         }
     )?;
+    limits.print(&mut out)?;
     Ok(())
 }
 
@@ -146,14 +162,17 @@ fn measure(
     tg: usize,
 ) -> Result<Sample, Box<dyn std::error::Error>> {
     engine.rewind(depth);
+    engine.take_times();
     let start = Instant::now();
     let mut next = engine.feed_greedy(prompt)?;
     let prefill_s = start.elapsed().as_secs_f64();
+    let prefill_times = engine.take_times();
     let start = Instant::now();
     for _ in 0..tg {
         next = engine.feed_greedy(&[next])?;
     }
-    Ok(Sample { prefill_s, decode_s: start.elapsed().as_secs_f64() })
+    let decode_s = start.elapsed().as_secs_f64();
+    Ok(Sample { prefill_s, decode_s, prefill_times, decode_times: engine.take_times() })
 }
 
 fn argmax(logits: &[f32]) -> u32 {
