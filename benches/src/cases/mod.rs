@@ -32,11 +32,11 @@ impl Work {
     pub fn beside(self, limits: &Limits, seconds: f64) -> String {
         let (done, unit, limit, name) = match self {
             Work::Memory(bytes) => (bytes, "GB/s", limits.dram_read_gb_s, "memory"),
-            Work::Cache(bytes) => (bytes, "GB/s", limits.cache_read_gb_s, "cache"),
-            Work::Products(macs) => (macs, "GMAC/s", limits.gmac_s, "products"),
+            Work::Cache(bytes) => (bytes, "GB/s", limits.cache_read_gb_s, "a cache"),
+            Work::Products(macs) => (macs, "GMAC/s", limits.gmac_s, "the instruction set"),
         };
         let speed = done as f64 / seconds / 1e9;
-        format!("{speed:.1} {unit}, {:.0} % of the {limit:.1} that {name} allow", 100.0 * speed / limit)
+        format!("{speed:.1} {unit}, {:.0} % of the {limit:.1} that {name} allows", 100.0 * speed / limit)
     }
 }
 
