@@ -235,11 +235,6 @@ impl CpuEngine {
         })
     }
 
-    /// Positions of this caller's session.
-    pub fn session_len(&self) -> usize {
-        self.session_len
-    }
-
     /// Forgets the positions of this caller's session from `len` on; with fewer than that, nothing changes.
     pub fn rewind(&mut self, len: usize) {
         // The pages stay: what they hold is never read before it is written again.

@@ -85,6 +85,19 @@ fn keys_and_values_of_every_format_behind_many_positions(#[case] kv: KvFormat, #
 }
 
 #[test]
+fn a_session_goes_on_from_where_it_is_rewound_to() {
+    let mut engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
+    let tokens = prompt(100, 4096);
+    let logits = engine.feed(&tokens).unwrap().to_vec();
+    for len in [70, 64, 3, 0] {
+        engine.feed(&[9, 8, 7]).unwrap();
+        engine.rewind(len);
+        engine.rewind(len + 5);
+        assert_eq!(engine.feed(&tokens[len..]).unwrap(), logits, "rewound to {len}");
+    }
+}
+
+#[test]
 fn every_preset_and_storage_runs_and_agrees_over_instruction_sets() {
     for preset in fixtures::presets() {
         let folder = fixtures::preset(preset.name, 1).unwrap().folder().unwrap();
