@@ -10,7 +10,7 @@ use bitnet_contracts::{
     StandardInputValidator, Tensor, ThreadSafeInference,
 };
 
-use crate::forward::{AttentionWeights, CpuCache, Observed, Row, Run, Times, Transformer, Wanted};
+use crate::forward::{AttentionWeights, CpuCache, LoadOptions, Observed, Row, Run, Times, Transformer, Wanted};
 use crate::generate::{self, GenerationContext, Logits, StepModel};
 use crate::kernels::{Isa, Kernels, Limits, Threads};
 use crate::model::{Checkpoint, ModelDescription, ModelSource, Tokenizer};
@@ -107,7 +107,8 @@ impl CpuEngine {
         let config = checkpoint.description().config();
         let validator = StandardInputValidator::new(config.clone(), Device::Cpu);
         validator.validate_memory_requirements(checkpoint.tensor_bytes())?;
-        let model = Transformer::load(checkpoint, kernels, &threads, options.weights_in_memory)?;
+        let load = LoadOptions { in_memory: options.weights_in_memory, packed: options.packed };
+        let model = Transformer::load(checkpoint, kernels, &threads, load)?;
         let owner = CacheOwner { backend: "cpu".to_string(), model: model.id };
         let tokenizer = checkpoint.tokenizer().cloned();
         Ok(Self::caller(Arc::new(Shared {

@@ -18,6 +18,8 @@ pub struct EngineOptions {
     /// Copy a large bf16 embedding or head into memory (CPU backend only); otherwise it stays in its file, of which a step of
     /// generation reads a few rows.
     pub weights_in_memory: bool,
+    /// Whether packed weights are kept in a file beside the model (CPU backend only).
+    pub packed: crate::model::PackedWeights,
     /// How keys and values are kept (CPU backend only). Other formats than f32 change the logits a little, and those of one format are
     /// the same bits on every way as ever.
     pub kv: crate::kernels::KvFormat,
@@ -46,6 +48,13 @@ impl EngineOptions {
     #[must_use]
     pub fn with_weights_in_memory(mut self) -> Self {
         self.weights_in_memory = true;
+        self
+    }
+
+    /// With packed weights kept in a file or not.
+    #[must_use]
+    pub fn with_packed(mut self, packed: crate::model::PackedWeights) -> Self {
+        self.packed = packed;
         self
     }
 

@@ -38,7 +38,21 @@ pub(crate) struct Layer {
     pub(super) down: TernaryLinear,
 }
 
+/// The parts of a layer, in the order of the fields of [`Layer`] among the linear ones and among the norms as `load.rs` lists them.
+pub(super) struct LayerParts {
+    /// q, k, v, o, gate, up, down.
+    pub(super) linears: [TernaryLinear; 7],
+    /// Input, attention's sub-norm, post-attention, feed-forward's sub-norm.
+    pub(super) norms: [Vec<f32>; 4],
+}
+
 impl Layer {
+    pub(super) fn new(parts: LayerParts) -> Self {
+        let [q, k, v, o, gate, up, down] = parts.linears;
+        let [input_norm, attention_sub_norm, post_attention_norm, ffn_sub_norm] = parts.norms;
+        Self { input_norm, q, k, v, attention_sub_norm, o, post_attention_norm, gate, up, ffn_sub_norm, down }
+    }
+
     /// Runs the layer on the residual stream `run.buffers.x`, `[rows, H]`, in place. Keys and values go to `cache`.
     pub(super) fn forward(
         &self,
@@ -81,8 +95,13 @@ impl Layer {
         Ok(())
     }
 
-    fn linears(&self) -> [&TernaryLinear; 7] {
+    pub(super) fn linears(&self) -> [&TernaryLinear; 7] {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+
+    /// The norms, in the order of [`LayerParts`].
+    pub(super) fn norms(&self) -> [&Vec<f32>; 4] {
+        [&self.input_norm, &self.attention_sub_norm, &self.post_attention_norm, &self.ffn_sub_norm]
     }
 
     /// Ternary weights of the layer: so many products a token.
@@ -92,8 +111,7 @@ impl Layer {
 
     /// Bytes of the layer's weights.
     pub(super) fn memory_bytes(&self) -> usize {
-        let norms = [&self.input_norm, &self.attention_sub_norm, &self.post_attention_norm, &self.ffn_sub_norm];
         self.linears().iter().map(|l| l.memory_bytes()).sum::<usize>()
-            + norms.iter().map(|n| n.capacity() * 4).sum::<usize>()
+            + self.norms().iter().map(|n| n.capacity() * 4).sum::<usize>()
     }
 }

@@ -5,15 +5,19 @@
 mod attention;
 mod cache;
 mod layer;
+mod load;
 mod rope;
 mod run;
 mod transformer;
 
 pub(crate) use attention::AttentionWeights;
 pub(crate) use cache::CpuCache;
+pub(crate) use load::LoadOptions;
 pub use run::Times;
 pub(crate) use run::{Observed, Row, Run, Wanted};
 pub(crate) use transformer::Transformer;
 
+#[cfg(all(test, unix))]
+mod load_tests;
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,7 @@ fn the_first_layer_is_the_traced_one() -> Result<()> {
             &Checkpoint::open(&ModelSource::Folder(folder.path().into()))?,
             Kernels::of(Isa::best())?,
             &threads,
-            true,
+            super::LoadOptions { in_memory: true, ..Default::default() },
         )?;
         let rows: Vec<Row> = prompt.input_ids[0]
             .iter()

@@ -193,10 +193,44 @@ impl HeadScreen {
         if let Some(error) = failure.into_inner().unwrap_or_else(|e| e.into_inner()) {
             return Err(error);
         }
+        Ok(Self::of_parts(codes, steps, offsets, (rows, columns)))
+    }
+
+    /// A screen as it was made before: `steps` of [`Self::step_count`] rows, and codes that `fill` writes.
+    ///
+    /// # Errors
+    /// `MemoryError::AllocationFailed`.
+    pub(crate) fn restore(
+        (rows, columns): (usize, usize),
+        steps: Vec<f32>,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<Self> {
+        let mut codes = Pages::zeroed(rows.div_ceil(ROWS).saturating_mul(columns.div_ceil(BLOCK) * BLOCK_BYTES))?;
+        fill(&mut codes);
+        let offsets = (0..columns as u64).map(offset).collect();
+        Ok(Self::of_parts(codes, steps, offsets, (rows, columns)))
+    }
+
+    /// The number of steps of a head of `rows` rows.
+    pub(crate) fn step_count(rows: usize) -> usize {
+        rows.next_multiple_of(ROWS)
+    }
+
+    /// The step of each row.
+    pub(crate) fn steps(&self) -> &[f32] {
+        &self.steps
+    }
+
+    /// The codes of all rows.
+    pub(crate) fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    fn of_parts(codes: Pages, steps: Vec<f32>, offsets: Vec<f32>, (rows, columns): (usize, usize)) -> Self {
         let widest: Vec<f32> =
             steps.chunks(PIECE_ROWS).map(|steps| steps.iter().copied().fold(0.0, f32::max)).collect();
         let widest_of_all = widest.iter().copied().fold(0.0, f32::max);
-        Ok(Self { codes, steps, widest, widest_of_all, offsets, rows, columns })
+        Self { codes, steps, widest, widest_of_all, offsets, rows, columns }
     }
 
     /// Bytes held.

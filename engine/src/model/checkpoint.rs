@@ -9,8 +9,11 @@ use super::description::ModelDescription;
 use super::gguf::{GgufModel, GgufSource, TensorType};
 use super::hf_folder::HfCheckpoint;
 use super::mapped_file::FilePart;
+use super::packed_file::PackedKey;
+use super::safetensors_file::SafetensorsFile;
 use super::tokenizer::Tokenizer;
 use super::weights::{FloatMatrix, TernaryTensor};
+use crate::ternary::interleaved::Packing;
 
 /// Where a model comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -177,6 +180,23 @@ impl Checkpoint {
     /// As [`Self::vector`], and `QuantizationError::InvalidScale`, `::LayoutMismatch`.
     pub fn ternary(&self, name: &str, rows: usize, columns: usize) -> Result<TernaryTensor<'_>> {
         either!(self, ternary(name, rows, columns))
+    }
+
+    /// Where weights of this checkpoint that are packed as `packing` may be kept, and what they are made of. None when the weights are
+    /// compiled in, and where the system does not tell whether a file has changed.
+    pub(crate) fn packed_place(&self, packing: Packing) -> Option<(PathBuf, PackedKey)> {
+        let (path, stamps, reading) = match &self.format {
+            Format::HuggingFace(checkpoint) => {
+                let files = checkpoint.files();
+                let stamps = files.iter().map(SafetensorsFile::stamp).collect::<Option<Vec<_>>>()?;
+                (files.first()?.path(), stamps, String::new())
+            }
+            Format::Gguf(model) => (model.file().path(), vec![model.file().stamp()?], model.reading()),
+        };
+        let mut name = path.file_name()?.to_os_string();
+        name.push(format!(".{}.packed", packing.name()));
+        let reading = format!("{reading} {:?}", self.description());
+        Some((path.with_file_name(name), PackedKey::new(stamps, reading, packing.name())))
     }
 
     /// The type of a float tensor in the file.

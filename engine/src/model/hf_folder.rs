@@ -227,6 +227,11 @@ impl HfCheckpoint {
         self.bytes(place)
     }
 
+    /// The weight files.
+    pub(super) fn files(&self) -> &[SafetensorsFile] {
+        &self.files
+    }
+
     /// The bytes of a tensor, to be read later.
     pub(super) fn stored_part(&self, name: &str) -> Result<Option<FilePart>> {
         let place = self.place(name)?;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bitnet_contracts::{ModelError, Result};
 use memmap2::Mmap;
+use serde::{Deserialize, Serialize};
 
 enum Bytes {
     Mapped(Mmap, Arc<File>),
@@ -42,6 +43,14 @@ impl MappedFile {
     /// The file's path.
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The stamp of the file as it is now.
+    pub(super) fn stamp(&self) -> Option<Stamp> {
+        match &self.bytes {
+            Bytes::Mapped(_, file) => Stamp::of(&self.path, file),
+            Bytes::Owned(_) => None,
+        }
     }
 
     /// All bytes.
@@ -96,11 +105,56 @@ impl FilePart {
         if start.saturating_add(out.len()) > self.range.end {
             return Err(loading_failed(&self.path, &"a row outside its tensor"));
         }
-        #[cfg(unix)]
-        let outcome = std::os::unix::fs::FileExt::read_exact_at(&*self.file, out, start as u64);
-        #[cfg(not(unix))]
-        let outcome: std::io::Result<()> = Err(std::io::ErrorKind::Unsupported.into());
-        outcome.map_err(|e| loading_failed(&self.path, &e))
+        read_at(&self.file, start as u64, out).map_err(|e| loading_failed(&self.path, &e))
+    }
+}
+
+/// Fills `out` with the bytes of `file` from `at` on, whatever others read of it meanwhile.
+pub(super) fn read_at(file: &File, at: u64, out: &mut [u8]) -> std::io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, out, at);
+    #[cfg(not(unix))]
+    {
+        let _ = (file, at, out);
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// What tells a file from another one, and from itself after a change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Stamp {
+    name: String,
+    len: u64,
+    inode: u64,
+    /// Seconds and nanoseconds of the last change of the content, and of anything.
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    /// The stamp of an open file; None where the system does not tell, and for a file that was changed so lately that the next change
+    /// might bear the same time.
+    #[cfg(unix)]
+    fn of(path: &Path, file: &File) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt;
+        /// No clock of a file system ticks more slowly, of those that keep nanoseconds.
+        const TICK: std::time::Duration = std::time::Duration::from_millis(20);
+        let metadata = file.metadata().ok()?;
+        let stamp = Self {
+            name: path.file_name()?.to_string_lossy().into_owned(),
+            len: metadata.len(),
+            inode: metadata.ino(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        };
+        let changed = std::time::Duration::new(u64::try_from(stamp.changed.0).ok()?, stamp.changed.1 as u32);
+        let age = std::time::SystemTime::UNIX_EPOCH.elapsed().ok()?.checked_sub(changed)?;
+        (age > TICK).then_some(stamp)
+    }
+
+    #[cfg(not(unix))]
+    fn of(_: &Path, _: &File) -> Option<Self> {
+        None
     }
 }
 

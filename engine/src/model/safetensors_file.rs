@@ -7,7 +7,7 @@ use bitnet_contracts::{ModelError, Result};
 use safetensors::SafeTensors;
 use safetensors::tensor::Metadata;
 
-use super::mapped_file::{FilePart, MappedFile};
+use super::mapped_file::{FilePart, MappedFile, Stamp};
 
 /// An open file. The `safetensors` crate has checked the header: its length, the offsets, that they tile the rest of the file.
 pub(super) struct SafetensorsFile {
@@ -45,6 +45,11 @@ impl SafetensorsFile {
     /// The file's path.
     pub(super) fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// What tells the file from others; None when it is in memory.
+    pub(super) fn stamp(&self) -> Option<Stamp> {
+        self.file.stamp()
     }
 
     /// The bytes at `offsets` of the data section.

@@ -46,6 +46,14 @@ impl Packing {
     /// Both.
     pub const ALL: [Packing; 2] = [Packing::TwoBits, Packing::BaseThree];
 
+    /// As files are called.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Packing::TwoBits => "two-bits",
+            Packing::BaseThree => "base-three",
+        }
+    }
+
     /// Columns of one 64-byte block.
     pub(crate) const fn block(self) -> usize {
         match self {
@@ -133,6 +141,11 @@ impl InterleavedMatrix {
         self.packing.bytes(self.rows, self.columns).unwrap_or(0)
     }
 
+    /// The memory that this matrix shares with those that were packed with it.
+    pub(crate) fn shared(&self) -> &[u8] {
+        &self.pages
+    }
+
     /// The blocks of row group `group`.
     pub(crate) fn group(&self, group: usize) -> &[u8] {
         let bytes = self.columns.div_ceil(self.packing.block()) * BLOCK_BYTES;
@@ -190,6 +203,24 @@ impl Packer {
             .try_fold(0usize, |sum, (rows, columns)| sum.checked_add(packing.bytes(rows, columns)?))
             .unwrap_or(usize::MAX);
         Ok(Self { kernels: kernels.clone(), pages: Pages::zeroed(total)?, used: 0, done: Vec::new() })
+    }
+
+    /// Takes matrices of these shapes and scales that were packed before: `fill` writes what [`InterleavedMatrix::shared`] was.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn restore(
+        kernels: &Kernels,
+        matrices: &[(usize, usize, f32)],
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<Vec<InterleavedMatrix>> {
+        let mut packer = Self::new(kernels, matrices.iter().map(|&(rows, columns, _)| (rows, columns)))?;
+        fill(&mut packer.pages);
+        for &(rows, columns, scale) in matrices {
+            packer.done.push((packer.used, rows, columns, scale));
+            packer.used += kernels.packing().bytes(rows, columns).unwrap_or(0);
+        }
+        Ok(packer.finish())
     }
 
     /// Packs the next matrix.

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 use bitnet_engine::EngineOptions;
 use bitnet_engine::kernels::KvFormat;
-use bitnet_engine::model::{Activation, ModelSource};
+use bitnet_engine::model::{Activation, ModelSource, PackedWeights};
 use bitnet_engine::ternary::I2sLayout;
 use clap::{Args, Parser, Subcommand};
 
@@ -89,6 +89,9 @@ struct ModelArgs {
     /// Threads (default: as many as the process may use).
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Packed weights in a file beside the model: never, use (read it where there is one) or keep (make one where there is none).
+    #[arg(long, default_value_t = PackedWeights::Use, value_name = "WHEN")]
+    packed: PackedWeights,
     /// How keys and values are kept: f32, f16 or int8.
     #[arg(long, default_value_t = KvFormat::F32, value_name = "FORMAT")]
     kv: KvFormat,
@@ -100,7 +103,7 @@ impl ModelArgs {
     }
 
     fn options(&self) -> EngineOptions {
-        let options = EngineOptions::default().with_kv(self.kv);
+        let options = EngineOptions::default().with_kv(self.kv).with_packed(self.packed);
         match self.threads {
             Some(threads) => options.with_threads(threads),
             None => options,

@@ -20,7 +20,7 @@ use super::limits::*;
 use super::tensor_type::TensorType;
 use super::value::{Number, ValueType, array_header, number, skip, value_type};
 use super::{GgufOptions, overlap};
-use crate::model::mapped_file::{FilePart, MappedFile};
+use crate::model::mapped_file::{FilePart, MappedFile, Stamp};
 
 /// Where a value lies.
 #[derive(Debug, Clone, Copy)]
@@ -190,6 +190,11 @@ impl GgufFile {
     /// The file's path.
     pub fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// What tells the file from others; None when it is in memory.
+    pub(in crate::model) fn stamp(&self) -> Option<Stamp> {
+        self.file.stamp()
     }
 
     /// Version of the format.

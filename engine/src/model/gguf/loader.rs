@@ -140,6 +140,11 @@ impl GgufModel {
         self.file.data(tensor)
     }
 
+    /// How the tensors' bytes are read, as far as the file's tables do not say it.
+    pub(in crate::model) fn reading(&self) -> String {
+        format!("{:?} {:?}", self.layout, self.kernels)
+    }
+
     /// The bytes of a tensor under its Hugging Face name, to be read later.
     pub(in crate::model) fn stored_part(&self, name: &str) -> Result<Option<FilePart>> {
         Ok(self.file.part(self.tensor(name)?.1))

@@ -10,6 +10,7 @@ use super::contradiction;
 use super::limits::DEFAULT_ALIGNMENT;
 use super::tensor_type::TensorType;
 use super::value::ValueType;
+use crate::model::aside;
 use crate::model::mapped_file::loading_failed;
 
 /// A metadata value to be written.
@@ -132,16 +133,7 @@ impl GgufWriter {
     /// # Errors
     /// `ModelError::LoadingFailed` naming the path.
     pub fn begin(&self, path: &Path) -> Result<GgufStream> {
-        let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".bitnet-").suffix(".partial");
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            // What any new file gets, less the umask; without this only the owner could read it.
-            builder.permissions(std::fs::Permissions::from_mode(0o666));
-        }
-        let file = builder.tempfile_in(parent).map_err(|e| loading_failed(path, &e))?;
+        let file = aside::create(path)?;
         let mut stream = GgufStream {
             path: path.to_path_buf(),
             out: BufWriter::with_capacity(1 << 20, file),
@@ -204,8 +196,6 @@ impl GgufStream {
             return Err(contradiction(&path, format_args!("tensor {:?} was not written to its end", tensor.name)));
         }
         let file = out.into_inner().map_err(|e| loading_failed(&path, e.error()))?;
-        file.as_file().sync_all().map_err(|e| loading_failed(&path, &e))?;
-        file.persist(&path).map_err(|e| loading_failed(&path, &e.error))?;
-        Ok(())
+        aside::publish(file, &path)
     }
 }
