@@ -30,6 +30,8 @@ pub struct CpuEngine {
     session: CpuCache,
     session_len: usize,
     logits: Vec<f32>,
+    /// The rows of the call at hand; kept so that a step allocates nothing.
+    rows: Vec<Row>,
     peak: usize,
 }
 
@@ -129,6 +131,7 @@ impl CpuEngine {
             session: shared.cache(),
             session_len: 0,
             logits: Vec::new(),
+            rows: Vec::new(),
             peak: 0,
             shared,
         };
@@ -256,9 +259,9 @@ impl CpuEngine {
             .into());
         }
         self.session.reserve(1, end)?;
-        let rows: Vec<Row> =
-            tokens.iter().enumerate().map(|(i, &token)| Row { sequence: 0, position: start + i, token }).collect();
-        self.run.forward(&shared.model, &rows, &mut self.session, wanted, &mut Observed::default())?;
+        self.rows.clear();
+        self.rows.extend((start..).zip(tokens).map(|(position, &token)| Row { sequence: 0, position, token }));
+        self.run.forward(&shared.model, &self.rows, &mut self.session, wanted, &mut Observed::default())?;
         self.session_len = end;
         Ok(())
     }

@@ -60,12 +60,15 @@ pub(crate) fn generate(
     let start = Instant::now();
     validate(context, prompt, max_tokens, config)?;
     let stop = StopRules::new(context, config);
-    let mut sampler = Sampler::new(config, prompt);
     let new_limit = max_tokens.min(config.max_new_tokens);
     let total_limit = config.max_total_tokens.min(context.config.max_position_embeddings);
-    let mut timing = GenerationTiming::default();
-    let mut generated: Vec<u32> = Vec::new();
-    let mut sequence = prompt.to_vec();
+    // Room for all that there can be, within reason: a step allocates nothing.
+    let room = new_limit.min(total_limit.saturating_sub(prompt.len())).min(1 << 16);
+    let mut sampler = Sampler::new(config, prompt, room);
+    let mut timing = GenerationTiming { per_token: Vec::with_capacity(room), ..Default::default() };
+    let mut generated: Vec<u32> = Vec::with_capacity(room);
+    let mut sequence = Vec::with_capacity(prompt.len() + room);
+    sequence.extend_from_slice(prompt);
     let mut last = start;
     model.restart()?;
     let finish_reason = loop {
@@ -78,7 +81,7 @@ pub(crate) fn generate(
         let forbidden = stop.forbidden(generated.len());
         let last_piece = advance(model, config, &sequence, generated.len())?;
         let logits = match sampler.wanted(forbidden.len()) {
-            Some(top) => model.feed_for(last_piece, top, &sampler.penalised())?,
+            Some(top) => model.feed_for(last_piece, top, sampler.penalised())?,
             None => Logits::All(model.feed(last_piece)?),
         };
         if generated.is_empty() {

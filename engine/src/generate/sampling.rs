@@ -1,6 +1,5 @@
 //! Choosing the next token: penalties → temperature → top-k → top-p → draw, in f64 on the CPU, in a fixed order.
 
-use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use bitnet_contracts::GenerationConfig;
@@ -25,14 +24,17 @@ pub(super) struct Sampler {
     repetition: f64,
     frequency: f64,
     presence: f64,
-    /// How often each token of prompt and generation was seen.
-    counts: BTreeMap<u32, u32>,
+    /// The tokens of prompt and generation, rising, and how often each was seen.
+    tokens: Vec<u32>,
+    counts: Vec<u32>,
+    /// The scores of the step at hand.
+    scores: Vec<(u32, f64)>,
     rng: ChaCha8Rng,
 }
 
 impl Sampler {
-    /// `config` has been validated.
-    pub(super) fn new(config: &GenerationConfig, prompt: &[u32]) -> Self {
+    /// `config` has been validated. Up to `room` tokens will be generated.
+    pub(super) fn new(config: &GenerationConfig, prompt: &[u32], room: usize) -> Self {
         let mut key = [0u8; 32];
         // Fresh hash keys are the standard library's randomness: good enough when no seed was asked for.
         let seed = config.seed.unwrap_or_else(|| RandomState::new().build_hasher().finish());
@@ -44,7 +46,9 @@ impl Sampler {
             repetition: f64::from(config.repetition_penalty),
             frequency: f64::from(config.frequency_penalty),
             presence: f64::from(config.presence_penalty),
-            counts: BTreeMap::new(),
+            tokens: Vec::with_capacity(prompt.len() + room),
+            counts: Vec::with_capacity(prompt.len() + room),
+            scores: Vec::new(),
             rng: ChaCha8Rng::from_seed(key),
         };
         prompt.iter().for_each(|&token| sampler.seen(token));
@@ -53,7 +57,13 @@ impl Sampler {
 
     /// Counts a token of the sequence.
     pub(super) fn seen(&mut self, token: u32) {
-        *self.counts.entry(token).or_default() += 1;
+        match self.tokens.binary_search(&token) {
+            Ok(at) => self.counts[at] += 1,
+            Err(at) => {
+                self.tokens.insert(at, token);
+                self.counts.insert(at, 1);
+            }
+        }
     }
 
     /// How many of the largest logits decide the next token, besides those of the tokens seen; None when all do. Up to `forbidden`
@@ -65,18 +75,20 @@ impl Sampler {
     }
 
     /// The tokens whose scores are not their logits.
-    pub(super) fn penalised(&self) -> Vec<u32> {
+    pub(super) fn penalised(&self) -> &[u32] {
         let neutral = self.repetition == 1.0 && self.frequency == 0.0 && self.presence == 0.0;
-        if neutral { Vec::new() } else { self.counts.keys().copied().collect() }
+        if neutral { &[] } else { &self.tokens }
     }
 
     /// The next token after `logits` (all finite); tokens in `forbidden` are never chosen.
     pub(super) fn next(&mut self, logits: Logits<'_>, forbidden: &[u32]) -> u32 {
-        let mut scores: Vec<(u32, f64)> = match logits {
-            Logits::All(logits) => (0..).zip(logits.iter().map(|&l| f64::from(l))).collect(),
-            Logits::Largest(logits) => logits.iter().map(|&(token, l)| (token, f64::from(l))).collect(),
-        };
-        for (&token, &count) in &self.counts {
+        let mut scores = std::mem::take(&mut self.scores);
+        scores.clear();
+        match logits {
+            Logits::All(logits) => scores.extend((0..).zip(logits.iter().map(|&l| f64::from(l)))),
+            Logits::Largest(logits) => scores.extend(logits.iter().map(|&(token, l)| (token, f64::from(l)))),
+        }
+        for (&token, &count) in self.tokens.iter().zip(&self.counts) {
             if let Some(score) = find(&mut scores, token) {
                 *score = if *score > 0.0 { *score / self.repetition } else { *score * self.repetition };
                 *score -= self.frequency * f64::from(count) + self.presence;
@@ -87,10 +99,14 @@ impl Sampler {
                 *score = f64::NEG_INFINITY;
             }
         }
-        if self.temperature == 0.0 {
-            return argmax(&scores);
-        }
-        self.draw(&candidates(scores, self.temperature, self.top_k, self.top_p))
+        let chosen = if self.temperature == 0.0 {
+            argmax(&scores)
+        } else {
+            candidates(&mut scores, self.temperature, self.top_k, self.top_p);
+            self.draw(&scores)
+        };
+        self.scores = scores;
+        chosen
     }
 
     fn draw(&mut self, candidates: &[(u32, f64)]) -> u32 {
@@ -123,14 +139,9 @@ fn argmax(scores: &[(u32, f64)]) -> u32 {
     scores.iter().fold(first, |best, &s| if s.1 > best.1 { s } else { best }).0
 }
 
-/// The tokens that may be drawn and their weights, by falling weight: `softmax(scores / temperature)`, cut to the `top_k` largest, then
+/// Leaves the tokens that may be drawn and their weights, by falling weight: `softmax(scores / temperature)`, cut to the `top_k` largest, then
 /// to the smallest set whose share of that reaches `top_p` (at least one token).
-fn candidates(
-    mut order: Vec<(u32, f64)>,
-    temperature: f64,
-    top_k: Option<usize>,
-    top_p: Option<f64>,
-) -> Vec<(u32, f64)> {
+fn candidates(order: &mut Vec<(u32, f64)>, temperature: f64, top_k: Option<usize>, top_p: Option<f64>) {
     order.retain(|(_, s)| s.is_finite());
     let falling = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     let keep = top_k.unwrap_or(order.len()).min(order.len());
@@ -140,7 +151,7 @@ fn candidates(
     }
     order.sort_unstable_by(falling);
     let largest = order.first().map_or(0.0, |&(_, s)| s);
-    for (_, s) in &mut order {
+    for (_, s) in order.iter_mut() {
         // Dividing the difference keeps the exponent in range at any temperature, however small.
         *s = libm::exp((*s - largest) / temperature);
     }
@@ -156,7 +167,6 @@ fn candidates(
             .map_or(order.len(), |last| last + 1);
         order.truncate(nucleus.max(1));
     }
-    order
 }
 
 #[cfg(test)]
@@ -165,6 +175,16 @@ mod tests {
 
     fn ranked(scores: &[f64]) -> Vec<(u32, f64)> {
         (0..).zip(scores.iter().copied()).collect()
+    }
+
+    fn candidates(
+        mut order: Vec<(u32, f64)>,
+        temperature: f64,
+        top_k: Option<usize>,
+        top_p: Option<f64>,
+    ) -> Vec<(u32, f64)> {
+        super::candidates(&mut order, temperature, top_k, top_p);
+        order
     }
 
     fn logs(p: &[f64]) -> Vec<(u32, f64)> {
@@ -215,9 +235,9 @@ mod tests {
     fn penalties_divide_positive_and_multiply_negative_scores() {
         let config = GenerationConfig { repetition_penalty: 2.0, do_sample: false, ..Default::default() };
         // Token 0 falls from 3 to 1.5, token 1 from -0.5 to -1: token 2 wins.
-        assert_eq!(Sampler::new(&config, &[0, 1]).next(Logits::All(&[3.0, -0.5, 1.6]), &[]), 2);
+        assert_eq!(Sampler::new(&config, &[0, 1], 0).next(Logits::All(&[3.0, -0.5, 1.6]), &[]), 2);
         // Unseen, token 0 wins; seen once generated, it does not.
-        let mut sampler = Sampler::new(&config, &[1]);
+        let mut sampler = Sampler::new(&config, &[1], 0);
         assert_eq!(sampler.next(Logits::All(&[3.0, -0.5, 1.6]), &[]), 0);
         sampler.seen(0);
         assert_eq!(sampler.next(Logits::All(&[3.0, -0.5, 1.6]), &[]), 2);
@@ -228,16 +248,16 @@ mod tests {
         let base = GenerationConfig { repetition_penalty: 1.0, do_sample: false, ..Default::default() };
         let logits = [3.0, 2.5];
         let frequency = GenerationConfig { frequency_penalty: 0.2, ..base.clone() };
-        assert_eq!(Sampler::new(&frequency, &[0, 0]).next(Logits::All(&logits), &[]), 0);
-        assert_eq!(Sampler::new(&frequency, &[0, 0, 0]).next(Logits::All(&logits), &[]), 1);
+        assert_eq!(Sampler::new(&frequency, &[0, 0], 0).next(Logits::All(&logits), &[]), 0);
+        assert_eq!(Sampler::new(&frequency, &[0, 0, 0], 0).next(Logits::All(&logits), &[]), 1);
         let presence = GenerationConfig { presence_penalty: 0.4, ..base };
-        assert_eq!(Sampler::new(&presence, &[0, 0, 0]).next(Logits::All(&logits), &[]), 0);
+        assert_eq!(Sampler::new(&presence, &[0, 0, 0], 0).next(Logits::All(&logits), &[]), 0);
     }
 
     #[test]
     fn a_seed_means_these_tokens_for_ever() {
         let config = GenerationConfig { seed: Some(42), top_k: None, top_p: None, ..Default::default() };
-        let mut sampler = Sampler::new(&config, &[]);
+        let mut sampler = Sampler::new(&config, &[], 0);
         let logits: Vec<f32> = (0..100).map(|i| (i % 10) as f32 * 0.1).collect();
         let drawn: Vec<u32> = (0..12).map(|_| sampler.next(Logits::All(&logits), &[])).collect();
         assert_eq!(drawn, EXPECTED);
@@ -250,7 +270,7 @@ mod tests {
     fn forbidden_tokens_are_never_chosen() {
         for do_sample in [false, true] {
             let config = GenerationConfig { do_sample, seed: Some(1), ..Default::default() };
-            let mut sampler = Sampler::new(&config, &[]);
+            let mut sampler = Sampler::new(&config, &[], 0);
             assert!((0..200).all(|_| sampler.next(Logits::All(&[9.0, 8.0, 1.0]), &[0, 1]) == 2));
         }
     }

@@ -1,5 +1,6 @@
 //! The output head: hidden states against every row of a float matrix.
 
+use std::cell::RefCell;
 use std::sync::Mutex;
 
 use bitnet_contracts::Result;
@@ -12,6 +13,11 @@ use crate::model::FloatTable;
 const PIECE: usize = 64;
 /// Multiply-accumulates below which threads are not worth their start.
 const WORTH_MACS: usize = 1 << 18;
+
+thread_local! {
+    /// Products of one piece, `[rows, tokens]`.
+    static PRODUCTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// `out[t][v] = hidden[t] . head[v]` in f32; `hidden` is `[tokens, columns]`, `out` `[tokens, rows]`.
 ///
@@ -40,19 +46,21 @@ pub(crate) fn head_matmul(
     threads.for_each(rows.div_ceil(PIECE), tokens * rows * columns >= WORTH_MACS, |piece| {
         let first = piece * PIECE;
         let count = PIECE.min(rows - first);
-        let mut products = vec![0f32; count * tokens];
-        let outcome = head.with_rows(first, count, |rows| kernels.head(rows, hidden, tokens, &mut products));
-        if let Err(error) = outcome {
-            *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
-            return;
-        }
-        for t in 0..tokens {
-            // SAFETY: the pieces are distinct ranges of columns, and the output is borrowed for this call.
-            let out = unsafe { out.slice(t, first, count) };
-            for (o, product) in out.iter_mut().zip(products.chunks_exact(tokens)) {
-                *o = product[t];
+        PRODUCTS.with_borrow_mut(|products| {
+            products.resize(count * tokens, 0.0);
+            let outcome = head.with_rows(first, count, |rows| kernels.head(rows, hidden, tokens, products));
+            if let Err(error) = outcome {
+                *failure.lock().unwrap_or_else(|e| e.into_inner()) = Some(error);
+                return;
             }
-        }
+            for t in 0..tokens {
+                // SAFETY: the pieces are distinct ranges of columns, and the output is borrowed for this call.
+                let out = unsafe { out.slice(t, first, count) };
+                for (o, product) in out.iter_mut().zip(products.chunks_exact(tokens)) {
+                    *o = product[t];
+                }
+            }
+        });
     });
     failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
 }
