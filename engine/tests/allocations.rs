@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bitnet_contracts::{BitNetInference, GenerationConfig};
+use bitnet_contracts::GenerationConfig;
 use bitnet_engine::{CpuEngine, EngineOptions};
 
 static COUNT: AtomicUsize = AtomicUsize::new(0);
