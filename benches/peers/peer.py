@@ -21,22 +21,25 @@ def log(level, text, _data):
 
 
 class Peer:
-    def __init__(self, path, threads, positions):
+    def __init__(self, path, threads, positions, longest):
         llama.llama_log_set(log, ctypes.c_void_p(0))
         llama.llama_backend_init()
         self.model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
         if not self.model:
             sys.exit(f"{path}: llama.cpp does not load it")
         params = llama.llama_context_default_params()
-        params.n_ctx = params.n_batch = positions
+        params.n_ctx = positions
+        params.n_batch = longest
         params.n_threads = params.n_threads_batch = threads
         self.context = llama.llama_init_from_model(self.model, params)
         if not self.context:
             sys.exit(f"{path}: no context of {positions} positions")
         self.vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
 
-    def reset(self):
-        llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
+    def rewind(self, depth):
+        """Forgets the positions from `depth` on."""
+        if not llama.llama_memory_seq_rm(llama.llama_get_memory(self.context), 0, depth, -1):
+            sys.exit(f"llama.cpp does not forget the positions from {depth} on")
 
     def feed(self, tokens):
         """The logits after the last of `tokens`, valid until the next call."""
@@ -49,11 +52,11 @@ class Peer:
         return np.ctypeslib.as_array(logits, shape=(self.vocabulary,))
 
 
-def verify(peer, prompt):
+def verify(peer, depth, prompt):
     """A figure counts only if something was computed; this also warms the engine up."""
-    peer.reset()
+    peer.rewind(depth)
     first = peer.feed(prompt).copy()
-    peer.reset()
+    peer.rewind(depth)
     second = peer.feed(prompt).copy()
     if not np.isfinite(first).all() or first.min() == first.max():
         sys.exit("the logits are not finite, or all the same")
@@ -61,7 +64,7 @@ def verify(peer, prompt):
         sys.exit("two runs of the prompt disagree")
     # An engine that skips part of a long batch is fast, and caught here. Its kernels round differently for one token, so nearly is enough.
     if len(prompt) > 1:
-        peer.reset()
+        peer.rewind(depth)
         peer.feed(prompt[:-1])
         stepped = peer.feed(prompt[-1:])
         likeness = float(np.corrcoef(first, stepped)[0, 1])
@@ -69,8 +72,8 @@ def verify(peer, prompt):
             sys.exit(f"prefill and decode disagree: correlation {likeness:.4f}")
 
 
-def measure(peer, prompt, tg):
-    peer.reset()
+def measure(peer, depth, prompt, tg):
+    peer.rewind(depth)
     start = time.perf_counter()
     token = int(peer.feed(prompt).argmax())
     middle = time.perf_counter()
@@ -87,15 +90,19 @@ def main():
     args.add_argument("--model", required=True)
     args.add_argument("--pp", type=int, default=512)
     args.add_argument("--tg", type=int, default=64)
+    args.add_argument("--depth", type=int, default=0)
     args.add_argument("--threads", type=int, required=True)
     args.add_argument("--runs", type=int, default=3)
     args = args.parse_args()
 
-    peer = Peer(args.model, args.threads, args.pp + args.tg)
-    # The prompt of `bitnet bench`.
-    prompt = [(i * 7919 + 17) % peer.vocabulary for i in range(args.pp)]
-    verify(peer, prompt)
-    runs = [measure(peer, prompt, args.tg) for _ in range(args.runs)]
+    peer = Peer(args.model, args.threads, args.depth + args.pp + args.tg, max(args.pp, 512))
+    # The tokens of `bitnet bench`.
+    tokens = [(i * 7919 + 17) % peer.vocabulary for i in range(args.depth + args.pp)]
+    before, prompt = tokens[:args.depth], tokens[args.depth:]
+    for start in range(0, args.depth, 512):
+        peer.feed(before[start:start + 512])
+    verify(peer, args.depth, prompt)
+    runs = [measure(peer, args.depth, prompt, args.tg) for _ in range(args.runs)]
     if any(tokens != runs[0][2] for _, _, tokens in runs):
         sys.exit("two runs generated different tokens")
     report = {

@@ -12,6 +12,9 @@ from pathlib import Path
 
 def ours(args):
     command = [args.bitnet, "bench", "--model", args.model, "--pp", args.pp, "--tg", args.tg]
+    if args.depth:
+        # What the peers keep keys and values in.
+        command += ["--depth", args.depth, "--kv", "f16"]
     report = run([*command, "--threads", args.threads, "--runs", args.runs, "--json"])
     if report.get("verified") is not True:
         sys.exit("bitnet bench: the output was not verified")
@@ -21,7 +24,7 @@ def ours(args):
 def llama_cpp_python(args):
     peer = Path(__file__).with_name("peer.py")
     command = [sys.executable, peer, "--model", args.peer_model, "--pp", args.pp, "--tg", args.tg]
-    report = run([*command, "--threads", args.threads, "--runs", args.runs])
+    report = run([*command, "--threads", args.threads, "--runs", args.runs, "--depth", args.depth])
     if report.get("verified") is not True:
         sys.exit("peer.py: the output was not verified")
     return report["prefill_tokens_per_s"], report["decode_tokens_per_s"]
@@ -30,9 +33,17 @@ def llama_cpp_python(args):
 def llama_bench(args, binary, gguf):
     # Its decode starts with an empty cache, ours behind the prompt: the difference is in its favour.
     flags = ["-p", args.pp, "-n", args.tg, "-t", args.threads, "-r", args.runs, "-o", "json"]
+    behind = 0
+    if args.depth and "--n-depth" in subprocess.run([*shlex.split(binary), "--help"], stdout=subprocess.PIPE, text=True).stdout:
+        flags += ["-d", args.depth]
+    elif args.depth:
+        # ik_llama.cpp measures decode behind a prompt; its prefill is at depth 0.
+        flags[flags.index("-n") + 1] = 0
+        flags += ["-gp", f"{args.depth},{args.tg}"]
+        behind = args.depth
     tests = run([*shlex.split(binary), "-m", gguf, *flags])
     prefill = [t for t in tests if t["n_prompt"] == args.pp and t["n_gen"] == 0]
-    decode = [t for t in tests if t["n_prompt"] == 0 and t["n_gen"] == args.tg]
+    decode = [t for t in tests if t["n_prompt"] == behind and t["n_gen"] == args.tg]
     return tuple(statistics.median(test["samples_ts"]) for [test] in (prefill, decode))
 
 
@@ -47,10 +58,11 @@ def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--bitnet", required=True)
     args.add_argument("--model", required=True, help="for bitnet")
-    args.add_argument("--peer-model", required=True, help="GGUF file for llama-cpp-python")
+    args.add_argument("--peer-model", help="GGUF file for llama-cpp-python; without it, that engine is left out")
     args.add_argument("--threads", type=int, required=True)
     args.add_argument("--pp", type=int, default=512, help="prompt tokens")
     args.add_argument("--tg", type=int, default=64, help="generated tokens")
+    args.add_argument("--depth", type=int, default=0, help="positions before prompt and generated tokens")
     args.add_argument("--rounds", type=int, default=5)
     args.add_argument("--runs", type=int, default=3, help="runs of each engine in a round; their median counts")
     args.add_argument("--llama-bench", action="append", default=[], metavar="COMMAND",
@@ -60,7 +72,9 @@ def main():
     if len(args.llama_bench) != len(args.gguf):
         sys.exit("--llama-bench and --gguf come in pairs")
 
-    engines = {"bitnet": ours, "llama-cpp-python": llama_cpp_python}
+    engines = {"bitnet": ours}
+    if args.peer_model:
+        engines["llama-cpp-python"] = llama_cpp_python
     for number, (binary, gguf) in enumerate(zip(args.llama_bench, args.gguf), 1):
         path, *flags = shlex.split(binary)
         name = " ".join([f"{number}:", Path(path).name, Path(gguf).name, *flags, "(output not verified)"])
@@ -78,7 +92,8 @@ def main():
             prefill, decode = figures[name][-1]
             print(f"round {number}  {prefill:8.1f} {decode:8.2f}  {name}", file=sys.stderr)
 
-    print(f"medians of {args.rounds} rounds, {args.threads} threads: prefill {args.pp} tokens, decode {args.tg}, tokens/s")
+    what = f"prefill {args.pp} tokens, decode {args.tg}, depth {args.depth}"
+    print(f"medians of {args.rounds} rounds, {args.threads} threads: {what}, tokens/s")
     print("  prefill    decode  ours/theirs: prefill  decode")
     for name, theirs in figures.items():
         prefill, decode = (statistics.median(column) for column in zip(*theirs))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Our engine and llama.cpp (PyPI's llama-cpp-python, compiled for this machine) in turns, on a synthetic model with the 2B shapes.
-# Usage: benches/peers/run.sh [--threads N] [--rounds N] [--llama-bench PATH --gguf FILE]...
+# Usage: benches/peers/run.sh [--threads N] [--rounds N] [--depth N] [--llama-bench PATH --gguf FILE]...
 # Needs python 3 with venv, a C++ compiler, the network for PyPI the first time, and 3 GB of disk. BITNET and FIXTURES may name binaries
 # that are built already.
 set -euo pipefail

@@ -91,6 +91,7 @@ pub(crate) fn run(args: &BenchArgs) -> Outcome {
         "depth": depth,
         "kv": args.model.kv.name(),
         "runs": args.runs,
+        "packed": args.model.packed.to_string(),
         "load_s": load_s,
         "prefill_tokens_per_s": prefill,
         "decode_tokens_per_s": decode,
