@@ -32,7 +32,8 @@ fn converted_models_have_the_same_logits_and_no_difference() {
         std::fs::read(out).unwrap()
     };
     let expected = logits(source.path());
-    for target in ["hf-packed", "gguf-i2_s", "gguf-tq1_0", "gguf-tq2_0", "gguf-tl1", "gguf-tl2", "gguf-f16"] {
+    let ggufs = ["i2_s", "tq1_0", "tq2_0", "tl1", "tl2", "iq1_bn", "iq2_bn", "f16"].map(|name| format!("gguf-{name}"));
+    for target in ggufs.iter().map(String::as_str).chain(["hf-packed"]) {
         let out = folder.path().join(target).with_extension(if target == "hf-packed" { "d" } else { "gguf" });
         succeed(&["convert", text(source.path()), text(&out), "--to", target]);
         assert!(logits(&out) == expected, "{target}");

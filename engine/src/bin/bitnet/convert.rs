@@ -28,6 +28,12 @@ enum Target {
     GgufTl1,
     /// bitnet.cpp's table look-up for x86.
     GgufTl2,
+    /// ik_llama.cpp, 1.625 bits a weight.
+    #[value(name = "gguf-iq1_bn")]
+    GgufIq1Bn,
+    /// ik_llama.cpp, 2 bits a weight.
+    #[value(name = "gguf-iq2_bn")]
+    GgufIq2Bn,
     /// Half precision.
     GgufF16,
 }
@@ -105,6 +111,8 @@ fn run(args: &ConvertArgs, from_master: bool) -> Outcome {
         Target::GgufTq2_0 => Some(GgufFormat::Tq2_0),
         Target::GgufTl1 => Some(GgufFormat::Tl1),
         Target::GgufTl2 => Some(GgufFormat::Tl2),
+        Target::GgufIq1Bn => Some(GgufFormat::Iq1Bn),
+        Target::GgufIq2Bn => Some(GgufFormat::Iq2Bn),
         Target::GgufF16 => Some(GgufFormat::F16),
     };
     match format {
