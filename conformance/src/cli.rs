@@ -5,7 +5,7 @@ mod prove;
 use crate::backend::Registry;
 use crate::calibrate::{CalibrateArgs, calibrate};
 use crate::expectations::Expectations;
-use crate::gates::Thresholds;
+use crate::gates::{Thresholds, absences};
 use crate::report::json::ReportError;
 use crate::report::{Report, badge, diff, html, json, junit, schema, terminal};
 use crate::run::Runner;
@@ -144,6 +144,9 @@ struct GateArgs {
     /// The profile of service levels.
     #[arg(long, value_name = "NAME", default_value = "default")]
     profile: String,
+    /// Refuse a report that lacks a case of a run without any choice.
+    #[arg(long)]
+    whole: bool,
     /// The report, as written by `run --json`.
     #[arg(value_name = "REPORT.json")]
     report: PathBuf,
@@ -175,7 +178,7 @@ pub fn main(registry: Registry) -> ExitCode {
         match cli.command.unwrap_or(Command::Run(cli.run)) {
             Command::Run(args) => run(&suite_of(&args.choice)?, args),
             Command::List(args) => list(&suite_of(&args.choice)?, args),
-            Command::Gate(args) => gate(&args),
+            Command::Gate(args) => gate(&suite, &args),
             Command::Calibrate(args) => calibrate(&suite, &args, &progress_bar(0)),
             Command::Prove(args) => prove::prove(&everybody, args),
             Command::Report(args) => report(&args),
@@ -300,10 +303,13 @@ fn list(suite: &Suite, args: ListArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn gate(args: &GateArgs) -> Result<ExitCode, Failure> {
+fn gate(suite: &Suite, args: &GateArgs) -> Result<ExitCode, Failure> {
     let thresholds = Thresholds::read(&args.thresholds)?;
     let report = json::read(&args.report)?;
-    let breaches = thresholds.breaches(&report, &args.profile)?;
+    let mut breaches = thresholds.breaches(&report, &args.profile)?;
+    if args.whole {
+        breaches.extend(absences(&report, &suite.select(&Selection::default())?));
+    }
     let mut text = String::new();
     for breach in &breaches {
         text.push_str(&format!("breach: {breach}\n"));

@@ -6,9 +6,10 @@
 use crate::case::Category;
 use crate::measure;
 use crate::report::{Report, Totals};
+use crate::suite::Case;
 use crate::verdict::Verdict;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// The version of the thresholds file that this suite reads.
@@ -151,6 +152,19 @@ impl Thresholds {
         }
         Ok(breaches)
     }
+}
+
+/// The cases of a suite that a report lacks, a sentence each backend that they belong to.
+pub fn absences(report: &Report, suite: &[Case]) -> Vec<String> {
+    let there: HashSet<&str> = report.cases.iter().map(|case| case.id.as_str()).collect();
+    let mut absent: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for case in suite.iter().filter(|case| !there.contains(case.id.as_str())) {
+        absent.entry(case.backend.name()).or_default().push(&case.id);
+    }
+    let sentence = |(backend, ids): (&str, Vec<&str>)| {
+        format!("backend {backend}: {} cases of the suite are not in the report, {} first", ids.len(), ids[0])
+    };
+    absent.into_iter().map(sentence).collect()
 }
 
 impl SuiteRules {

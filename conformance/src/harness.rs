@@ -21,7 +21,10 @@
 //!
 //! Filters, `--list`, `--exact`, `--skip`, `--test-threads` and the rest of libtest's options work, and so does nextest.
 //! Three environment variables choose what there is to run: [`BACKENDS_ENV`], [`MODELS_ENV`], [`FILTER_ENV`]; a fourth,
-//! [`EXPECTATIONS_ENV`], says what is known to fail, and [`SHRINK_ENV`] asks for reproducers of what fails.
+//! [`EXPECTATIONS_ENV`], says what is known to fail, [`SHRINK_ENV`] asks for reproducers of what fails, and [`JSON_ENV`]
+//! for the report of a whole run.
+
+mod record;
 
 use crate::backend::Registry;
 use crate::expectations::{Expectations, Finding};
@@ -31,6 +34,7 @@ use crate::run::Runner;
 use crate::suite::{Case, Selection, Suite};
 use crate::verdict::Verdict;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use record::{Record, Sink};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -52,6 +56,10 @@ pub const EXPECTATIONS_ENV: &str = "CONFORMANCE_EXPECTATIONS";
 
 /// Set to `1` to make failing cases smaller and print their reproducers, some seconds each.
 pub const SHRINK_ENV: &str = "CONFORMANCE_SHRINK";
+
+/// A file for the report as JSON, as `conformance run --json` writes it. It is written once every case of the suite has
+/// run: a run of a part of them leaves none, not even that of an earlier run.
+pub const JSON_ENV: &str = "CONFORMANCE_JSON";
 
 /// How long a failing case is made smaller.
 const SHRINK_BUDGET: Duration = Duration::from_secs(5);
@@ -90,20 +98,36 @@ pub fn run(suite: &Suite) -> ExitCode {
         },
     };
     // Listing starts no worker and writes no file.
-    let runner = if args.list {
-        None
-    } else {
+    let (mut runner, mut record) = (None, None);
+    if !args.list {
         match Runner::new() {
-            Ok(runner) => Some(Arc::new(match expectations {
-                Some(expectations) => runner.expecting(expectations),
-                None => runner,
-            })),
+            Ok(new) => {
+                runner = Some(Arc::new(match &expectations {
+                    Some(expectations) => new.expecting(expectations.clone()),
+                    None => new,
+                }));
+            }
             Err(error) => return refuse(&error),
         }
-    };
+        if let Some(path) = std::env::var_os(JSON_ENV).filter(|path| !path.is_empty()) {
+            match Record::begin(path.into()) {
+                Ok(new) => record = Some(new),
+                Err(error) => return refuse(&error),
+            }
+        }
+    }
     let mut tests = findings.map_or_else(Vec::new, |findings| expectation_trials(&cases, &findings));
-    tests.extend(trials(suite, cases, runner));
-    libtest_mimic::run(&args, tests).exit_code()
+    tests.extend(trials(suite, cases, runner, record.as_ref().map(Record::sink)));
+    let code = libtest_mimic::run(&args, tests).exit_code();
+    let Some(record) = record else { return code };
+    let whole = suite.select(&Selection::default());
+    let written = whole
+        .map_err(|e| e.to_string())
+        .and_then(|whole| record.end(&whole, expectations.as_ref()).map_err(|e| e.to_string()));
+    match written {
+        Ok(()) => code,
+        Err(error) => refuse(&error),
+    }
 }
 
 /// What the environment chooses; `get` reads a variable.
@@ -120,7 +144,7 @@ pub fn selection_from(get: impl Fn(&str) -> Option<String>) -> Selection {
 }
 
 /// One trial a case; those that must run alone come last.
-fn trials(suite: &Suite, cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<Trial> {
+fn trials(suite: &Suite, cases: Vec<Case>, runner: Option<Arc<Runner>>, sink: Option<Sink>) -> Vec<Trial> {
     let shrink = std::env::var_os(SHRINK_ENV).is_some_and(|value| value == "1");
     let suite = Arc::new(suite.clone());
     let (alone, mut ordered): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(|c| c.check.exclusive);
@@ -128,8 +152,10 @@ fn trials(suite: &Suite, cases: Vec<Case>, runner: Option<Arc<Runner>>) -> Vec<T
     ordered
         .into_iter()
         .map(|case| {
-            let (suite, runner) = (suite.clone(), runner.clone());
-            Trial::ignorable_test(case.id.clone(), move || judge(&case, runner.as_deref(), shrink.then_some(&*suite)))
+            let (suite, runner, sink) = (suite.clone(), runner.clone(), sink.clone());
+            Trial::ignorable_test(case.id.clone(), move || {
+                judge(&case, runner.as_deref(), sink.as_ref(), shrink.then_some(&*suite))
+            })
         })
         .collect()
 }
@@ -153,9 +179,17 @@ fn expectation_trials(cases: &[Case], findings: &[Finding]) -> Vec<Trial> {
     backends.iter().enumerate().map(trial).collect()
 }
 
-fn judge(case: &Case, runner: Option<&Runner>, shrink_in: Option<&Suite>) -> Result<Completion, Failed> {
+fn judge(
+    case: &Case,
+    runner: Option<&Runner>,
+    sink: Option<&Sink>,
+    shrink_in: Option<&Suite>,
+) -> Result<Completion, Failed> {
     let runner = runner.ok_or("tests are only listed, not run")?;
     let result = runner.run(case);
+    if let Some(sink) = sink {
+        sink.keep(&result);
+    }
     match result.outcome.verdict {
         Verdict::Pass => Ok(Completion::Completed),
         verdict @ (Verdict::Unsupported | Verdict::Waived) => {

@@ -9,6 +9,7 @@ mod oracle_backend;
 
 use bitnet_contracts::{BitNetInference, QuantizationType, Result as EngineResult};
 use conformance::expectations::{Date, Expectations};
+use conformance::report::Report;
 use conformance::suite::{Selection, Suite};
 use conformance::verdict::{CaseResult, Outcome, Verdict};
 use conformance::{BackendFactory, Capabilities, Category, ModelFixture, Registry};
@@ -200,7 +201,11 @@ fn run(
     std::fs::write(&path, file(entries))?;
     let json = folder.path().join("report.json");
     let mut command = Command::new(std::env::current_exe()?);
-    command.env("EXPECTATIONS_AS", program).env_remove("NEXTEST").envs(environment.iter().copied());
+    command
+        .env("EXPECTATIONS_AS", program)
+        .env_remove("CONFORMANCE_JSON")
+        .env_remove("NEXTEST")
+        .envs(environment.iter().copied());
     if program == "cli" {
         command.args(["run", "--model", "tiny", "--expectations"]).arg(&path).arg("--json").arg(&json);
     } else {
@@ -249,6 +254,36 @@ fn the_command_line_waives_and_fails_as_the_file_says() -> TestResult {
     ensure(code == 2, (code, &text))
 }
 
+fn a_part_of_the_suite_is_not_taken_for_the_whole() -> TestResult {
+    let suite = Suite::new(registry())?.select(&Selection::default())?;
+    let mut cases: Vec<CaseResult> = suite.iter().map(|case| result(&case.id, Verdict::Pass)).collect();
+    let absences = |cases: &[CaseResult]| {
+        let report = Report::new(&suite, cases.to_vec(), std::time::UNIX_EPOCH, std::time::Duration::ZERO);
+        conformance::gates::absences(&report, &suite)
+    };
+    ensure(absences(&cases).is_empty(), absences(&cases))?;
+    let last = cases.pop().ok_or("no case")?.id;
+    let found = absences(&cases);
+    ensure(found.len() == 1 && found[0].contains("boastful: 1 cases") && found[0].contains(&last), &found)?;
+    cases.retain(|case| !case.id.starts_with("oracle/"));
+    let found = absences(&cases);
+    ensure(found.len() == 2 && found[1].contains(&format!("oracle: {} cases", suite.len() / 2)), &found)?;
+
+    let folder = tempfile::tempdir()?;
+    let json = folder.path().join("report.json");
+    let cli = |args: &[&str]| {
+        Command::new(std::env::current_exe()?).env("EXPECTATIONS_AS", "cli").args(args).arg(&json).output()
+    };
+    cli(&["run", "--backend", "oracle", "--model", "tiny", "--filter", "shape/quantization", "--json"])?;
+    for (choice, there) in [(&[][..], false), (&["--whole"], true)] {
+        let thresholds = concat!(env!("CARGO_MANIFEST_DIR"), "/../ci/thresholds.toml");
+        let output = cli(&[&["gate", "--thresholds", thresholds], choice].concat())?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure(text.contains("breach: backend boastful:") == there && text.contains("gate refused"), &text)?;
+    }
+    Ok(())
+}
+
 fn a_test_target_waives_and_fails_as_the_file_says() -> TestResult {
     let quantization = [("CONFORMANCE_FILTER", "shape/quantization")];
     let (code, text, _) = run("target", ENTRY, &quantization, &[])?;
@@ -281,6 +316,7 @@ fn main() -> ExitCode {
         Trial::test("an_error_past_its_bound_stays_a_failure", an_error_past_its_bound_stays_a_failure_and_says_so),
         Trial::test("what_is_wrong_with_a_file_is_found", what_is_wrong_with_a_file_is_found),
         Trial::test("the_command_line_waives_and_fails", the_command_line_waives_and_fails_as_the_file_says),
+        Trial::test("a_part_is_not_taken_for_the_whole", a_part_of_the_suite_is_not_taken_for_the_whole),
         Trial::test("a_test_target_waives_and_fails", a_test_target_waives_and_fails_as_the_file_says),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()

@@ -12,6 +12,7 @@ use bitnet_contracts::{
     KVCache, MemoryUsage, ModelConfig, QuantizationType, Result as EngineResult, Tensor,
 };
 use conformance::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
+use conformance::report::json;
 use conformance::run::Runner;
 use conformance::suite::{Case, Selection, Suite, SuiteError};
 use conformance::{BackendFactory, Capabilities, Capability, CaseResult, ModelFixture, Registry, Semantics, Verdict};
@@ -506,12 +507,18 @@ fn registries_that_mean_nothing_are_errors() -> TestResult {
 
 /// Runs this executable as cargo or a shell would run a test target of the suite.
 fn target(backends: &str, args: &[&str]) -> Result<(bool, String), Failed> {
-    let output = std::process::Command::new(std::env::current_exe()?)
-        .env("FRAMEWORK_AS_TARGET", "1")
-        .env("CONFORMANCE_BACKENDS", backends)
-        .env_remove("NEXTEST")
-        .args(args)
-        .output()?;
+    output(as_target("").env("CONFORMANCE_BACKENDS", backends).args(args))
+}
+
+/// This executable as a test target of the suite with the checks that have a word in their names.
+fn as_target(word: &str) -> std::process::Command {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap_or_default());
+    command.env("FRAMEWORK_AS_TARGET", word).env_remove("CONFORMANCE_JSON").env_remove("NEXTEST");
+    command
+}
+
+fn output(command: &mut std::process::Command) -> Result<(bool, String), Failed> {
+    let output = command.output()?;
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     Ok((output.status.success(), text))
 }
@@ -529,13 +536,40 @@ fn a_test_target_lists_filters_and_judges() -> TestResult {
     ensure(!good && text.contains("registered: oracle, broken"), &text)
 }
 
+fn only_a_whole_run_of_a_test_target_leaves_a_report() -> TestResult {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("report.json");
+    let run = |word: &str, backends: &str, args: &[&str]| {
+        std::fs::write(&file, "of an earlier run")?;
+        let mut command = as_target(word);
+        command.env("CONFORMANCE_JSON", &file).env("CONFORMANCE_BACKENDS", backends).args(args);
+        output(&mut command)
+    };
+    let (good, text) = run("errors/passes", "", &[])?;
+    ensure(good && text.contains("2 passed"), &text)?;
+    let report = json::read(&file)?;
+    let ids: Vec<&str> = report.cases.iter().map(|case| case.id.as_str()).collect();
+    let whole = ["oracle/tiny/errors/passes@TST-1", "broken/tiny/errors/passes@TST-1"];
+    ensure(ids == whole && report.is_green(), &ids)?;
+    let (good, text) = run("errors/fails_", "", &[])?;
+    let report = json::read(&file)?;
+    ensure(!good && report.totals.count(Verdict::Fail) == report.totals.cases, &text)?;
+    for (backends, args) in [("oracle", &[][..]), ("", &["oracle/"]), ("", &["--skip", "broken/"])] {
+        let (good, text) = run("errors/passes", backends, args)?;
+        ensure(good && text.contains("1 passed") && !file.exists(), &text)?;
+    }
+    let (good, text) = run("errors/passes", "", &["--list"])?;
+    ensure(good && std::fs::read_to_string(&file)? == "of an earlier run", &text)
+}
+
 fn main() -> ExitCode {
     let suite = suite();
     if let Some(code) = conformance::worker::serve_if_asked(&workers_registry(), &workers_checks()) {
         return code;
     }
-    if std::env::var_os("FRAMEWORK_AS_TARGET").is_some() {
-        return conformance::harness::run(&suite);
+    if let Ok(word) = std::env::var("FRAMEWORK_AS_TARGET") {
+        let checks = checks().into_iter().filter(|check| check.name.contains(&word)).collect();
+        return conformance::harness::run(&suite.with_checks(checks));
     }
     let trials = vec![
         Trial::test("zero_assertions_are_inconclusive", || {
@@ -567,6 +601,7 @@ fn main() -> ExitCode {
         Trial::test("repeated_ids_are_an_error", repeated_ids_are_an_error),
         Trial::test("registries_that_mean_nothing_are_errors", registries_that_mean_nothing_are_errors),
         Trial::test("a_test_target_lists_filters_and_judges", a_test_target_lists_filters_and_judges),
+        Trial::test("only_a_whole_run_leaves_a_report", only_a_whole_run_of_a_test_target_leaves_a_report),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }

@@ -151,7 +151,8 @@ fn proof() -> Proof {
         alarms: alarms.iter().map(|(id, why)| ((*id).to_string(), (*why).to_string())).collect(),
     };
     let alarm = ("slow/tiny/sla/gate@SLA-1", "too slow");
-    Proof { faults: (0..60).map(fault).collect(), honest: vec![honest("f16", &[]), honest("slow", &[alarm])], checks }
+    let honest = vec![honest("f16", &[]), honest("slow", &[alarm])];
+    Proof { faults: (0..60).map(fault).collect(), honest, checks, ..Proof::default() }
 }
 
 fn the_page_works_in_a_browser() -> Result<Completion, Failed> {

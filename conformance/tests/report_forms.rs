@@ -8,7 +8,7 @@ use conformance::measure;
 use conformance::report::diff::{self, Kind};
 use conformance::report::{GitState, Report, badge, html, json, schema};
 use conformance::verdict::{CaseResult, Failure, Verdict};
-use conformance::zoo::proof::{FaultRow, HonestRow, Proof};
+use conformance::zoo::proof::{Depth, FaultRow, HonestRow, Proof};
 use sample::{case, good_cases, report};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -154,6 +154,8 @@ fn proof() -> Proof {
         passed: ["kv_cache/two".to_string()].into(),
     };
     Proof {
+        depth: Depth::Matrix,
+        part: String::new(),
         checks: ["kv_cache/one", "kv_cache/two", "sla/three"].map(str::to_string).to_vec(),
         faults: vec![
             fault("caught_alone", "kv_cache/one", &["kv_cache/one"]),
@@ -240,6 +242,34 @@ fn the_page_shows_what_there_is() {
         assert!(text.contains(part) || text.contains(&part.replace('/', "&#x2f;")), "{part:?} is not on the page");
     }
     assert!(!page(&report, None).contains("id=\"proof\""));
+}
+
+#[test]
+fn the_page_says_of_a_proof_whether_it_holds_and_what_part_it_is() {
+    let report = report(good_cases());
+    let says = |proof: &Proof, words: &[&str], others: &[&str]| {
+        let text = page(&report, Some(proof));
+        assert!(words.iter().all(|word| text.contains(word)), "{words:?}: {text}");
+        assert!(!others.iter().any(|word| text.contains(word)), "{others:?}: {text}");
+    };
+    let (holds, not, part) = ("The proof holds", "The proof does not hold", "Only a part was run");
+    let (open, spare) = ("so that nothing depends on the others", "checks without a kill of their own");
+    let mut proof = proof();
+    says(&proof, &[not, spare], &[holds, part, open]);
+    // What is left speaks for it.
+    proof.checks.retain(|check| check == "kv_cache/one");
+    proof.faults.truncate(1);
+    proof.honest[0].alarms.clear();
+    says(&proof, &[holds, spare], &[not, part, open]);
+    proof.depth = Depth::Claims;
+    says(&proof, &[holds, spare, open], &[not, part]);
+    proof.depth = Depth::Killers;
+    says(&proof, &[part, "check that is there for it alone", "Nothing in it speaks against"], &[holds, not, spare]);
+    proof.depth = Depth::Matrix;
+    proof.part = "backends named honest-".to_string();
+    says(&proof, &[part, "backends named honest-"], &[holds, not, spare]);
+    proof.faults[0].kills.clear();
+    says(&proof, &[part, "It speaks against the suite"], &[holds, not, spare]);
 }
 
 #[test]

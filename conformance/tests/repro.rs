@@ -424,7 +424,8 @@ fn a_run_writes_reproducers_of_its_failures() -> TestResult {
 fn a_test_target_shrinks_when_asked() -> TestResult {
     let target = |shrink: &str| -> Result<(i32, String), Failed> {
         let mut command = std::process::Command::new(std::env::current_exe()?);
-        command.env("REPRO_AS_TARGET", "1").env("CONFORMANCE_SHRINK", shrink).env_remove("NEXTEST");
+        command.env("REPRO_AS_TARGET", "1").env("CONFORMANCE_SHRINK", shrink);
+        command.env_remove("CONFORMANCE_JSON").env_remove("NEXTEST");
         output(command.args(["--exact", "forgets-the-last/tiny/kv_cache/truncate_and_replay@KV-3"]))
     };
     let (code, text) = target("0")?;

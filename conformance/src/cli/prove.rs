@@ -3,7 +3,7 @@
 use super::{Failure, print, progress_bar};
 use crate::backend::Registry;
 use crate::run::Runner;
-use crate::zoo::proof::Proof;
+use crate::zoo::proof::{Depth, Proof};
 use crate::zoo::prove::{Choice, run};
 use clap::Args;
 use std::fmt::Write;
@@ -23,13 +23,17 @@ pub(super) struct ProveArgs {
     #[arg(long, value_name = "CHECK")]
     without: Vec<String>,
     /// Try each fault on the check that is there for it and on no other: a minute, and no word on checks that are spare.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "claims")]
     killers: bool,
+    /// Leave out the cells of the kill matrix that decide nothing: those of a fault that the check which is there for it and
+    /// another one have caught.
+    #[arg(long)]
+    claims: bool,
     /// Write the proof as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Take the proof from a file instead of running it.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["backend", "check"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["backend", "check", "killers", "claims"])]
     recorded: Option<PathBuf>,
     /// List the checks and probes of the proof, one a line, and do nothing else.
     #[arg(long)]
@@ -41,7 +45,6 @@ pub(super) struct ProveArgs {
 
 pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Failure> {
     let begin = Instant::now();
-    let part = args.killers || !args.backend.is_empty() || !args.check.is_empty();
     let proof = match &args.recorded {
         Some(path) => {
             let proof: Proof = serde_json::from_str(&std::fs::read_to_string(path)?)?;
@@ -51,7 +54,12 @@ pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Fa
             let jobs =
                 args.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
             let (backends, checks, without) = (args.backend, args.check, args.without);
-            let choice = Choice { backends, checks, without, killers_only: args.killers };
+            let depth = match (args.killers, args.claims) {
+                (true, _) => Depth::Killers,
+                (false, true) => Depth::Claims,
+                (false, false) => Depth::Matrix,
+            };
+            let choice = Choice { backends, checks, without, depth };
             let runner = Runner::new()?.ending_at_first_failure();
             let bar = progress_bar(1);
             let proof = run(&runner, registry, &choice, jobs, &|done, total| {
@@ -73,18 +81,14 @@ pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Fa
     if let Some(path) = &args.json {
         std::fs::write(path, serde_json::to_string_pretty(&proof)? + "\n")?;
     }
-    print(&summary(&proof, part));
+    print(&summary(&proof));
     print(&format!("{:.1} s\n", begin.elapsed().as_secs_f64()));
-    let good = match part {
-        true => proof.survivors().is_empty() && proof.false_alarms().is_empty(),
-        false => proof.holds(),
-    };
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(1) })
+    Ok(if proof.is_good() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 /// The kill matrix by fault, and everything that keeps the proof from holding. A part of a proof says nothing of checks
 /// that kill nothing.
-fn summary(proof: &Proof, part: bool) -> String {
+fn summary(proof: &Proof) -> String {
     let mut text = String::new();
     for fault in &proof.faults {
         let others = fault.kills.keys().filter(|k| **k != fault.killer).count();
@@ -112,7 +116,7 @@ fn summary(proof: &Proof, part: bool) -> String {
     for fault in proof.missed_by_their_killer() {
         let _ = writeln!(text, "MISSED    {} is not caught by {}, which is there for it", fault.name, fault.killer);
     }
-    if !part {
+    if proof.is_whole() {
         for check in proof.idle_checks() {
             let _ = writeln!(text, "IDLE      {check} catches nothing");
         }
@@ -128,7 +132,7 @@ fn summary(proof: &Proof, part: bool) -> String {
         proof.honest.len(),
         proof.false_alarms().len(),
     );
-    if !part {
+    if proof.is_whole() {
         let spare = proof.without_own_kill().len();
         let _ = write!(text, " · {} checks, {spare} without a kill of their own", proof.checks.len());
     }

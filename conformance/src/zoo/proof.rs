@@ -4,10 +4,29 @@ use crate::verdict::Verdict;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// How much of the kill matrix a proof fills. All that it claims is decided by [`Depth::Claims`] as by [`Depth::Matrix`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Depth {
+    /// Every cell but the long ones of faults that two checks have caught.
+    #[default]
+    Matrix,
+    /// No further cell of a fault that the check which is there for it and another one have caught: nothing depends on it.
+    Claims,
+    /// The cell of each fault with the check that is there for it: no word on checks that are spare.
+    Killers,
+}
+
 /// The kill matrix and the false alarms of one run over both zoos.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Proof {
+    /// How much of the matrix was filled.
+    #[serde(default)]
+    pub depth: Depth,
+    /// What was taken of the zoos and the checks, in words; empty for everything.
+    #[serde(default)]
+    pub part: String,
     /// The checks that ran, by name, in the suite's order.
     pub checks: Vec<String>,
     /// The faulty backends.
@@ -84,10 +103,25 @@ impl Proof {
         self.honest.iter().filter(|h| !h.alarms.is_empty()).collect()
     }
 
+    /// Whether it can say of every check that it is needed: all of both zoos was tried on all checks.
+    pub fn is_whole(&self) -> bool {
+        self.part.is_empty() && self.depth != Depth::Killers
+    }
+
+    /// Whether nothing that was tried speaks against the suite: it holds, or it is a part without a survivor and without a
+    /// false alarm.
+    pub fn is_good(&self) -> bool {
+        match self.is_whole() {
+            true => self.holds(),
+            false => self.survivors().is_empty() && self.false_alarms().is_empty(),
+        }
+    }
+
     /// Whether the suite is proven: no survivor, no false alarm, no check that could go unnoticed, every fault caught by
     /// the check that is there for it.
     pub fn holds(&self) -> bool {
-        !self.faults.is_empty()
+        self.is_whole()
+            && !self.faults.is_empty()
             && !self.honest.is_empty()
             && !self.checks.is_empty()
             && self.survivors().is_empty()

@@ -1,13 +1,13 @@
 //! Runs the suite over both zoos and records who was caught by what.
 //!
 //! A fault is tried on each check until it is caught there: model after model, each case up to its first failed assertion.
-//! Checks of time and memory take seconds, so only faults of time and memory are tried on them. Long checks come last,
-//! and a fault that two others have caught is spared them: it is no check's own whatever they say, unless one of them is
-//! there for it. Honest backends run everything, the plainest ones on more models, those with 16-bit floats on all golden
-//! ones, and are judged as any backend is.
+//! Checks of time and memory take seconds, so only faults of time and memory are tried on them. The check that is there for
+//! a fault comes first and long ones last, and a fault that two have caught is spared what is long: it is no check's own
+//! whatever they say. A proof of the claims alone spares it everything else as well. Honest backends run everything, the
+//! plainest ones on more models, those with 16-bit floats on all golden ones, and are judged as any backend is.
 //! Nothing runs alone: a check that needed an idle machine would blame busy ones.
 
-use super::proof::{FaultRow, HonestRow, Proof};
+use super::proof::{Depth, FaultRow, HonestRow, Proof};
 use super::{Fault, HonestVariant, faulty, honest};
 use crate::backend::{BackendFactory, Capabilities, Noise, Registry};
 use crate::case::{Category, Check, ModelSet};
@@ -39,8 +39,8 @@ pub struct Choice {
     pub checks: Vec<String>,
     /// Names of checks to leave out.
     pub without: Vec<String>,
-    /// Try each fault on the check that is there for it and on no other.
-    pub killers_only: bool,
+    /// How much of the matrix to fill.
+    pub depth: Depth,
 }
 
 impl Choice {
@@ -51,6 +51,14 @@ impl Choice {
     fn takes_check(&self, name: &str) -> bool {
         let chosen = self.checks.is_empty() || self.checks.iter().any(|part| name.contains(part.as_str()));
         chosen && !self.without.iter().any(|without| without == name)
+    }
+
+    /// What it takes of both zoos and of the checks, in words; empty where that is everything. A check that is left out
+    /// is one that does not exist, and makes no part of the rest.
+    fn part(&self) -> String {
+        let words = |what: &str, names: &[String]| (!names.is_empty()).then(|| format!("{what} {}", names.join(", ")));
+        let all = [words("backends named", &self.backends), words("checks named", &self.checks)];
+        all.into_iter().flatten().collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -118,6 +126,8 @@ pub fn run(
     let variants: Vec<HonestVariant> =
         honest::all().into_iter().filter(|v| choice.takes_backend(v.factory().name())).collect();
     let mut proof = Proof {
+        depth: choice.depth,
+        part: choice.part(),
         checks: names(choice),
         faults: faults.iter().map(fault_row).collect(),
         honest: variants.iter().map(honest_row).collect(),
@@ -134,7 +144,7 @@ pub fn run(
             let costly = ["times", "resources"].contains(&fault.class);
             let capabilities = factory.capabilities();
             let only = |check: &Check| match fault.only {
-                _ if choice.killers_only => column(check, &capabilities) == fault.killer,
+                _ if choice.depth == Depth::Killers => column(check, &capabilities) == fault.killer,
                 Some(only) => only.contains(&check.category),
                 None => costly || !matches!(check.category, Category::Sla | Category::Memory),
             };
@@ -151,14 +161,27 @@ pub fn run(
             add(factory.clone(), Of::Honest(i), beside, &|_| true);
         }
     }
-    // What takes long comes last, so that it is known by then what it is needed for.
-    let late = |task: &Task| task.check.long && matches!(task.of, Of::Fault(i) if faults[i].killer != task.check.name);
-    tasks.sort_by_key(late);
+    // Honest backends first: nothing is spared them. Then what decides most, so that it is known by the rest.
+    let killer = |task: &Task| match task.of {
+        Of::Fault(i) => column(&task.check, &task.backend.capabilities()) == faults[i].killer,
+        Of::Honest(_) => false,
+    };
+    tasks.sort_by_cached_key(|task| match task.of {
+        Of::Honest(_) => 0,
+        Of::Fault(_) if killer(task) => 1,
+        Of::Fault(_) if !task.check.long => 2,
+        Of::Fault(_) => 3,
+    });
     let total = tasks.len();
     let (next, finished) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let shared = Mutex::new(&mut proof);
     let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
-    let spared = |task: &Task| late(task) && matches!(task.of, Of::Fault(i) if lock().faults[i].kills.len() > 1);
+    let spared = |task: &Task| match task.of {
+        Of::Fault(i) if task.check.long || choice.depth == Depth::Claims => {
+            !killer(task) && lock().faults[i].kills.len() > 1
+        }
+        _ => false,
+    };
     let one = |task: &Task| {
         if !spared(task) {
             let found = attempt(runner, task);

@@ -1,13 +1,19 @@
 //! The kill matrix: which check catches which fault.
 
 use crate::verdict::Verdict;
-use crate::zoo::proof::{FaultRow, HonestRow, Proof};
+use crate::zoo::proof::{Depth, FaultRow, HonestRow, Proof};
 use serde::Serialize;
 
 /// A proof as the page shows it.
 #[derive(Serialize)]
 pub(super) struct Matrix<'a> {
-    holds: bool,
+    good: bool,
+    /// The proof claims something of every check.
+    whole: bool,
+    /// What was tried, where that is not everything.
+    part: String,
+    /// The cells that decide nothing were left out.
+    claims: bool,
     faults: usize,
     checks: usize,
     honest_backends: usize,
@@ -80,14 +86,17 @@ pub(super) fn matrix(proof: &Proof) -> Matrix<'_> {
     }
     let mut classes: Vec<Class<'_>> = Vec::new();
     for fault in &proof.faults {
-        let row = row(fault, &proof.checks);
+        let row = row(fault, &proof.checks, proof.is_whole());
         match classes.iter_mut().find(|class| class.name == fault.class) {
             Some(class) => class.rows.push(row),
             None => classes.push(Class { name: &fault.class, rows: vec![row] }),
         }
     }
     Matrix {
-        holds: proof.holds(),
+        good: proof.is_good(),
+        whole: proof.is_whole(),
+        part: part(proof),
+        claims: proof.depth == Depth::Claims,
         faults: proof.faults.len(),
         checks: proof.checks.len(),
         honest_backends: proof.honest.len(),
@@ -103,7 +112,13 @@ pub(super) fn matrix(proof: &Proof) -> Matrix<'_> {
     }
 }
 
-fn row<'a>(fault: &'a FaultRow, checks: &[String]) -> Row<'a> {
+/// What a part of a proof is a part of, in words.
+fn part(proof: &Proof) -> String {
+    let killers = (proof.depth == Depth::Killers).then_some("each fault on the check that is there for it alone");
+    killers.into_iter().chain((!proof.part.is_empty()).then_some(proof.part.as_str())).collect::<Vec<_>>().join("; ")
+}
+
+fn row<'a>(fault: &'a FaultRow, checks: &[String], whole: bool) -> Row<'a> {
     let cell = |check: &String| {
         let named = *check == fault.killer;
         let class = match (fault.kills.contains_key(check), named) {
@@ -111,9 +126,10 @@ fn row<'a>(fault: &'a FaultRow, checks: &[String]) -> Row<'a> {
                 let kind = if fault.kills.len() == 1 { "only" } else { "kill" };
                 if named { format!("{kind} named") } else { kind.to_string() }
             }
-            (false, true) => "missed".to_string(),
+            // A proof of everything has no excuse.
+            (false, true) if whole || fault.passed.contains(check) => "missed".to_string(),
             (false, false) if fault.passed.contains(check) => String::new(),
-            (false, false) => "untried".to_string(),
+            (false, _) => "untried".to_string(),
         };
         let words = match class.as_str() {
             "untried" => "not tried",

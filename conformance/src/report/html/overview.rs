@@ -92,7 +92,7 @@ pub(super) fn header<'a>(report: &'a Report, proof: Option<&Proof>) -> Header<'a
     if let Some(proof) = proof {
         let killed = proof.faults.len() - proof.survivors().len();
         let value = format!("{killed} / {}", proof.faults.len());
-        tiles.push(Tile { value, what: "faults caught", class: if proof.holds() { "pass" } else { "fail" } });
+        tiles.push(Tile { value, what: "faults caught", class: if proof.is_good() { "pass" } else { "fail" } });
     }
     Header {
         title,
