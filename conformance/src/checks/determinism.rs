@@ -3,7 +3,7 @@
 use super::probes::refuses_unknown_set;
 use super::support::{
     Logits, chunked, forward, generate, greedy, logits_of, mix, other_token, plain, prompt, same_greedy, same_logits,
-    try_forward,
+    same_logits_of, try_forward,
 };
 use super::truth::{NARROW, Subject, synthetic};
 use crate::backend::{Capability, CreateOptions};
@@ -254,7 +254,7 @@ fn threads_far_out(ctx: &mut Context<'_>) -> CheckResult {
             None => expected = Some(seen),
             Some(one) => {
                 let what = format!("logits of {LONG} positions and the last two as steps, {threads} threads against 1");
-                same_logits(ctx, Axis::Threads, what, &seen, one);
+                same_logits_of(ctx, NARROW.vocab, Axis::Threads, what, &seen, one);
             }
         }
     }

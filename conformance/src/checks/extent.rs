@@ -5,7 +5,7 @@ use super::edit::Model;
 use super::stats::{Rows, top_two};
 use super::support::{
     EDIT_MODEL, Logits, chunked, exact, forward, generate, greedy, logits_of, own_greedy, own_margin, plain, prompt,
-    same_logits, try_forward, until_eos,
+    same_logits_of, try_forward, until_eos,
 };
 use super::truth::{NARROW, SMALL, Subject, check_truth, synthetic};
 use crate::backend::Capability;
@@ -126,7 +126,7 @@ fn far_pieces(ctx: &mut Context<'_>) -> CheckResult {
     let splits: [&[usize]; 3] = [&[40, 60, 92, 65, 43], &[63, 65, 127, 45], &[15, 19, 29, 66, 128, 43]];
     for sizes in splits {
         let seen = chunked(engine.as_mut(), &tokens, sizes, &mut KVCache::new(ROOMY.context))?;
-        same_logits(ctx, Axis::Chunking, format!("logits in pieces of {sizes:?}"), &seen, &whole.data);
+        same_logits_of(ctx, ROOMY.vocab, Axis::Chunking, format!("logits in pieces of {sizes:?}"), &seen, &whole.data);
     }
     // Back into the middle of a page or to its border, and on with the right tokens.
     let wrong = prompt(subject.facts(), LONG, 931);
@@ -138,7 +138,14 @@ fn far_pieces(ctx: &mut Context<'_>) -> CheckResult {
         let seen = chunked(engine.as_mut(), &tokens[kept..], &[piece], &mut cache)?;
         let what = format!("logits of {piece} positions behind {kept} that are left of {}", kept + wrongly);
         let vocab = whole.vocab;
-        same_logits(ctx, Axis::Chunking, what, &seen, &whole.data[kept * vocab..(kept + piece) * vocab]);
+        same_logits_of(
+            ctx,
+            ROOMY.vocab,
+            Axis::Chunking,
+            what,
+            &seen,
+            &whole.data[kept * vocab..(kept + piece) * vocab],
+        );
     }
     refused_far_out(ctx, engine.as_mut(), &tokens, &whole)?;
     if ctx.capabilities().batch { batch_in_pieces(ctx, engine.as_mut(), &tokens, &whole) } else { Ok(()) }
@@ -167,8 +174,9 @@ fn refused_far_out(
         }
         let seen = chunked(engine, &tokens[kept..], &[100], &mut cache)?;
         let expected = &whole.data[kept * whole.vocab..(kept + 100) * whole.vocab];
-        same_logits(
+        same_logits_of(
             ctx,
+            ROOMY.vocab,
             Axis::Chunking,
             format!("logits behind {kept} after long calls were refused"),
             &seen,
@@ -206,7 +214,14 @@ fn batch_in_pieces(
         start += size;
     }
     for (row, (seen, alone)) in seen.iter().zip(&alone).enumerate() {
-        same_logits(ctx, Axis::Batch, format!("logits of row {row} of four, in pieces, up to {LONG}"), seen, alone);
+        same_logits_of(
+            ctx,
+            ROOMY.vocab,
+            Axis::Batch,
+            format!("logits of row {row} of four, in pieces, up to {LONG}"),
+            seen,
+            alone,
+        );
     }
     Ok(())
 }
@@ -234,9 +249,9 @@ fn many_rows(ctx: &mut Context<'_>) -> CheckResult {
         let end = forward(engine.as_mut(), &ends, Some(&mut cache))?;
         for (i, expected) in alone.iter().enumerate().take(size).skip(BEYOND.start) {
             let what = format!("logits of row {i} of {size}");
-            same_logits(ctx, Axis::Batch, &what, whole.sequence(i), expected);
+            same_logits_of(ctx, SMALL.vocab, Axis::Batch, &what, whole.sequence(i), expected);
             let steps = [begin.sequence(i), end.sequence(i)].concat();
-            same_logits(ctx, Axis::Batch, format!("{what} with a cache"), &steps, expected);
+            same_logits_of(ctx, SMALL.vocab, Axis::Batch, format!("{what} with a cache"), &steps, expected);
         }
     }
     Ok(())

@@ -4,7 +4,7 @@ mod refused;
 
 use super::support::{
     EDIT_MODEL, Logits, SMALL_CONTEXT, chunked, forward, ids, is_cache_error, length, logits_of, prompt, same_logits,
-    try_forward,
+    same_logits_of, try_forward,
 };
 use super::truth::{NARROW, Subject, synthetic};
 use crate::backend::Capability;
@@ -319,8 +319,9 @@ fn long_overflow(ctx: &mut Context<'_>) -> CheckResult {
             check_len(ctx, &format!("after refusing {what}"), &cache, filled);
             let rest = forward(engine.as_mut(), &[tokens[filled..capacity].to_vec()], Some(&mut cache))?;
             let what = format!("logits of what does fit, after refusing {what}");
-            same_logits(
+            same_logits_of(
                 ctx,
+                NARROW.vocab,
                 Axis::Chunking,
                 what,
                 &rest.data,

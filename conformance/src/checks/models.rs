@@ -2,7 +2,7 @@
 //! oracle says what their logits are.
 
 use super::edit::Model;
-use super::support::{EDIT_MODEL, logits_of, prompt, same_logits};
+use super::support::{EDIT_MODEL, logits_of, prompt, same_logits_of};
 use super::truth::{SMALL, Subject, check_truth, synthetic};
 use crate::case::{Category, Check, CheckResult, Context, ModelSet, Stop};
 use crate::invariance::Axis;
@@ -126,7 +126,7 @@ fn spellings(ctx: &mut Context<'_>) -> CheckResult {
     tied.tensors.remove("lm_head.weight");
     tied.set("tie_word_embeddings", json!(true));
     let (own, tied) = (edited(ctx, "own-head", &own, &tokens)?, edited(ctx, "tied-head", &tied, &tokens)?);
-    same_logits(ctx, Axis::Chunking, "logits of a tied head and of the same head untied", &tied, &own);
+    same_logits_of(ctx, SMALL.vocab, Axis::Chunking, "logits of a tied head and of the same head untied", &tied, &own);
     ctx.check(own != base, "the head that is in the file is the one that is used", "another head, the same logits");
 
     // Powers of two as scales: 1/s is exact, so that multiplying and dividing by them is the same.
@@ -142,7 +142,7 @@ fn spellings(ctx: &mut Context<'_>) -> CheckResult {
     linear_class(&mut divided, Some("bitlinear"));
     let multiplied = edited(ctx, "scale-multiplied", &multiplied, &tokens)?;
     let seen = edited(ctx, "scale-divided", &divided, &tokens)?;
-    same_logits(ctx, Axis::Chunking, "logits of bitlinear with reciprocal scales", &seen, &multiplied);
+    same_logits_of(ctx, SMALL.vocab, Axis::Chunking, "logits of bitlinear with reciprocal scales", &seen, &multiplied);
     linear_class(&mut divided, None);
     let by_default = edited(ctx, "scale-divided-by-default", &divided, &tokens)?;
     ctx.check_bits("logits with linear_class left out, which means bitlinear", &by_default, &seen);
@@ -158,7 +158,14 @@ fn spellings(ctx: &mut Context<'_>) -> CheckResult {
     }
     narrow.set("torch_dtype", json!("bfloat16"));
     let (wide, narrow) = (edited(ctx, "four-bytes", &wide, &tokens)?, edited(ctx, "two-bytes", &narrow, &tokens)?);
-    same_logits(ctx, Axis::Chunking, "logits of a model in bf16 and of the same values in f32", &narrow, &wide);
+    same_logits_of(
+        ctx,
+        SMALL.vocab,
+        Axis::Chunking,
+        "logits of a model in bf16 and of the same values in f32",
+        &narrow,
+        &wide,
+    );
     Ok(())
 }
 

@@ -232,20 +232,34 @@ pub(super) fn same_logits(
     seen: &[f32],
     expected: &[f32],
 ) -> bool {
+    let vocab = ctx.facts().vocab_size;
+    same_logits_of(ctx, vocab, axis, what, seen, expected)
+}
+
+/// As [`same_logits`], of a model that is not the case's own and has `vocab` tokens.
+#[track_caller]
+pub(super) fn same_logits_of(
+    ctx: &mut Context<'_>,
+    vocab: usize,
+    axis: Axis,
+    what: impl Display,
+    seen: &[f32],
+    expected: &[f32],
+) -> bool {
     match ctx.level(axis) {
         Level::Bitwise => ctx.check_bits(what, seen, expected),
         Level::ArgmaxStable => {
             let what = what.to_string();
-            let near = near_logits(ctx, &what, seen, expected);
-            same_top(ctx, &what, seen, expected) && near
+            let near = near_logits(ctx, vocab, &what, seen, expected);
+            same_top(ctx, vocab, &what, seen, expected) && near
         }
-        Level::Statistical => near_logits(ctx, what, seen, expected),
+        Level::Statistical => near_logits(ctx, vocab, what, seen, expected),
     }
 }
 
 /// Asserts that two evaluations of the same positions agree within the noise that the backend declares.
 #[track_caller]
-fn near_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], expected: &[f32]) -> bool {
+fn near_logits(ctx: &mut Context<'_>, vocab: usize, what: impl Display, seen: &[f32], expected: &[f32]) -> bool {
     let capabilities = ctx.capabilities();
     if (capabilities.semantics, capabilities.noise) == (Semantics::Fp32, Noise::F32) {
         return ctx.check_close_within(what, seen, expected, reach(expected), &tolerance::FP32_SELF);
@@ -253,9 +267,12 @@ fn near_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], expected
     if seen.len() != expected.len() {
         return ctx.check_eq(format!("{what}: values"), seen.len(), expected.len());
     }
-    let vocab = ctx.facts().vocab_size.max(1);
     let mut rows = super::stats::Rows::default();
-    rows.add(seen, expected, vocab);
+    rows.add(seen, expected, vocab.max(1));
+    // Rows of another width would be judged by nonsense.
+    if rows.len() * vocab != expected.len() {
+        return ctx.check_eq(format!("{what}: rows of {vocab}"), rows.len() * vocab, expected.len());
+    }
     ctx.compared(expected.len());
     let (row, worst) = rows.worst_pearson();
     let what = format!("{what}: 1 - correlation of the worst row (row {row})");
@@ -264,10 +281,9 @@ fn near_logits(ctx: &mut Context<'_>, what: impl Display, seen: &[f32], expected
 
 /// Asserts that every row has the same most likely token, where that leads by more than the backend's own noise.
 #[track_caller]
-fn same_top(ctx: &mut Context<'_>, what: &str, seen: &[f32], expected: &[f32]) -> bool {
-    let vocab = ctx.facts().vocab_size.max(1);
+fn same_top(ctx: &mut Context<'_>, vocab: usize, what: &str, seen: &[f32], expected: &[f32]) -> bool {
     let mut rows = super::stats::Rows::default();
-    rows.add(seen, expected, vocab);
+    rows.add(seen, expected, vocab.max(1));
     check_lost(ctx, what, &rows, reach(expected))
 }
 
