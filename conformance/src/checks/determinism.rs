@@ -369,18 +369,27 @@ fn alike(ctx: &Context<'_>) -> Vec<(&'static str, Vec<u32>)> {
 
 fn lookalikes(ctx: &mut Context<'_>) -> CheckResult {
     fn answers(engine: &mut dyn BitNetInference, tokens: &[u32]) -> Result<([Vec<f32>; 2], Vec<u32>), Stop> {
-        let cached = chunked(engine, tokens, &[tokens.len()], &mut KVCache::new(16))?;
+        let cached = chunked(engine, tokens, &[tokens.len()], &mut KVCache::new(tokens.len()))?;
         let made = generate(engine, tokens, 5, &plain(69))?.generated_tokens;
         Ok(([logits_of(engine, tokens)?.data, cached], made))
     }
     let mut engine = ctx.engine()?;
     let prompts = alike(ctx);
     let base = prompts[0].1.clone();
-    for (what, tokens) in &prompts {
-        let ([logits, cached], made) = answers(ctx.engine()?.as_mut(), tokens)?;
+    // Long ones, which may be worth keeping where short ones are not, and differ in the middle alone.
+    let long = prompt(ctx.facts(), 24, 70);
+    let other_at = |at: usize| {
+        let mut tokens = long.clone();
+        tokens[at] = other_token(ctx.facts(), tokens[at]);
+        (format!("24 tokens with another at {at}"), tokens)
+    };
+    let longer: Vec<_> = [4, 12, 19].map(other_at).to_vec();
+    let short = prompts.iter().map(|(what, tokens)| (what.to_string(), tokens.clone(), &base));
+    for (what, tokens, before) in short.chain(longer.into_iter().map(|(what, tokens)| (what, tokens, &long))) {
+        let ([logits, cached], made) = answers(ctx.engine()?.as_mut(), &tokens)?;
         // The prompt comes before each of the others, which then follow something like themselves.
-        answers(engine.as_mut(), &base)?;
-        let (seen, drawn) = answers(engine.as_mut(), tokens)?;
+        answers(engine.as_mut(), before)?;
+        let (seen, drawn) = answers(engine.as_mut(), &tokens)?;
         ctx.check_bits(format!("logits of {what}, after the prompt"), &seen[0], &logits);
         ctx.check_bits(format!("logits of {what} with a cache, after the prompt"), &seen[1], &cached);
         ctx.check_slices(format!("tokens from {what}, after the prompt"), &drawn, &made);

@@ -38,6 +38,13 @@ pub(super) const FAULTS: &[Fault] = &[
         "memory/resident",
         || Arc::new(CacheKeptTwice),
     ),
+    Fault::new(
+        "cache-of-the-first-row",
+        "a cache of several sequences tells the bytes of the first",
+        "MEM-3: bytes of a slot, where there are as many as the batch has rows",
+        "memory/resident",
+        || Arc::new(CacheOfTheFirstRow),
+    ),
     Fault::with(
         "cache-told-by-its-first-page",
         "the metrics of a pass count the first 64 positions of a cache only",
@@ -131,6 +138,18 @@ impl Deviation for CacheKeptTwice {
         if let (Ok(_), Some(cache)) = (&output, cache) {
             let held = engine.held(cache)?;
             held.scratch = vec![1; held.sequences.iter().map(Sequence::bytes).sum()];
+        }
+        output
+    }
+}
+
+struct CacheOfTheFirstRow;
+
+impl Deviation for CacheOfTheFirstRow {
+    fn forward(&self, engine: &mut Naive, ids: &Tensor, mut cache: Option<&mut KVCache>) -> Result<InferenceOutput> {
+        let output = engine.honest_forward(ids, cache.as_deref_mut());
+        if let (Ok(_), Some(cache)) = (&output, cache) {
+            engine.held(cache)?.counts_first_only = true;
         }
         output
     }

@@ -71,7 +71,14 @@ pub(super) const FAULTS: &[Fault] = &[
         "generation reuses the last prompt for one of the same length, beginning and end",
         "openvino.genai #3722; vllm PR #12621",
         "determinism/lookalikes",
-        || Arc::new(PromptCacheWeakHash),
+        || Arc::new(PromptCacheWeakHash { least: 1, ends: 1 }),
+    ),
+    Fault::new(
+        "prompt-cache-of-long-prompts",
+        "generation reuses the last prompt for one of the same length whose first and last four tokens are its own, from 16 tokens on",
+        "openvino.genai #3722; vllm PR #12621",
+        "determinism/lookalikes",
+        || Arc::new(PromptCacheWeakHash { least: 16, ends: 4 }),
     ),
     Fault::new(
         "prefix-one-too-many",
@@ -323,7 +330,12 @@ impl Deviation for OnePosition {
 }
 
 /// The prompt of the last generation.
-struct PromptCacheWeakHash;
+struct PromptCacheWeakHash {
+    /// The shortest prompt that is kept.
+    least: usize,
+    /// Tokens at either end that are compared.
+    ends: usize,
+}
 
 impl Deviation for PromptCacheWeakHash {
     fn generate(
@@ -333,8 +345,14 @@ impl Deviation for PromptCacheWeakHash {
         max_tokens: usize,
         config: &GenerationConfig,
     ) -> Result<GenerationResult> {
-        let hash = |tokens: &[u32]| (tokens.len(), tokens.first().copied(), tokens.last().copied());
-        if let Some(known) = engine.last_prompt.as_mut().filter(|known| hash(&known.tokens) == hash(prompt)) {
+        let Self { least, ends } = *self;
+        let same = |known: &[u32]| {
+            let ends = ends.min(prompt.len());
+            known.len() == prompt.len()
+                && known[..ends] == prompt[..ends]
+                && known[known.len() - ends..] == prompt[prompt.len() - ends..]
+        };
+        if let Some(known) = engine.last_prompt.as_mut().filter(|known| prompt.len() >= least && same(&known.tokens)) {
             known.tokens = prompt.to_vec();
         }
         engine.honest_generate(prompt, max_tokens, config)

@@ -44,6 +44,8 @@ pub struct NaiveCache {
     pub sequences: Vec<Sequence>,
     /// What a deviation keeps beside them.
     pub note: u64,
+    /// A deviation counts the first sequence alone.
+    pub counts_first_only: bool,
     /// Bytes that a deviation holds beside them and does not count.
     pub scratch: Vec<u8>,
     /// What truncation does instead, for deviations that truncate in another way.
@@ -59,7 +61,8 @@ impl CacheStorage for NaiveCache {
     }
 
     fn memory_bytes(&self) -> usize {
-        self.sequences.iter().map(Sequence::bytes).sum()
+        let counted = if self.counts_first_only { 1 } else { self.sequences.len() };
+        self.sequences.iter().take(counted).map(Sequence::bytes).sum()
     }
 
     fn as_any(&self) -> &dyn Any {
