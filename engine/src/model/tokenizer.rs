@@ -3,6 +3,14 @@
 use std::path::Path;
 
 use bitnet_contracts::{ModelError, Result, TokenizationError};
+use serde::Deserialize;
+
+/// The one part of a tokenizer.json that is read here first.
+#[derive(Deserialize)]
+struct Decoder {
+    #[serde(rename = "decoder")]
+    _value: Option<serde_json::Value>,
+}
 
 /// Text to token ids and back.
 #[derive(Debug, Clone)]
@@ -14,9 +22,10 @@ impl Tokenizer {
     /// # Errors
     /// `ModelError::LoadingFailed`.
     pub fn from_json(json: &[u8], path: &Path) -> Result<Self> {
-        tokenizers::Tokenizer::from_bytes(json)
-            .map(Self)
-            .map_err(|e| ModelError::LoadingFailed { path: path.display().to_string(), reason: e.to_string() }.into())
+        let refuse = |reason: String| ModelError::LoadingFailed { path: path.display().to_string(), reason };
+        // The crate panics on a decoder that is no JSON value (broken, too deep, a number out of range), so it sees none.
+        serde_json::from_slice::<Decoder>(json).map_err(|e| refuse(e.to_string()))?;
+        tokenizers::Tokenizer::from_bytes(json).map(Self).map_err(|e| refuse(e.to_string()).into())
     }
 
     /// The ids of `text`, with the special tokens that the tokenizer's post-processor adds (such as a begin-of-text).
@@ -53,5 +62,30 @@ impl Tokenizer {
     pub fn stream(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
         let mut stream = self.0.decode_stream(true);
         move |id| stream.step(id).map_err(|e| TokenizationError::DecodingFailed { reason: e.to_string() }.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitnet_contracts::InferenceError;
+
+    /// Found by the fuzz target `tokenizer`: a broken decoder made the crate panic.
+    #[test]
+    fn what_is_no_json_is_an_error_wherever_it_breaks() {
+        let whole = r#"{"version": "1.0", "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
+            "use_regex": true}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
+        Tokenizer::from_json(whole.as_bytes(), Path::new("t.json")).expect("nothing is wrong with it");
+        let deep = "[".repeat(200) + &"]".repeat(200);
+        let broken =
+            [r#""type"* "ByteLevel""#, r#""type": 1e999"#, r#""type": "\ud800""#, &format!(r#""type": {deep}"#)]
+                .map(|wrong| whole.replacen(r#""type": "ByteLevel""#, wrong, 1));
+        for json in (0..whole.len()).map(|end| &whole[..end]).chain(broken.iter().map(String::as_str)) {
+            let error = Tokenizer::from_json(json.as_bytes(), Path::new("t.json")).map(|_| ()).unwrap_err();
+            assert!(
+                matches!(&error, InferenceError::Model(ModelError::LoadingFailed { path, .. }) if path == "t.json"),
+                "{error}"
+            );
+        }
     }
 }
