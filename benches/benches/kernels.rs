@@ -1,5 +1,5 @@
 //! Kernels by themselves on every instruction set that this CPU has, on one thread: the ternary product for one token (bound by memory)
-//! and many (bound by arithmetic), the output head whole and screened, norm and quantisation, attention. Each case checks its output
+//! and many (bound by arithmetic) in every packing (I2S in two bits and in base three, TL1 as pairs, TL2 as triples), the output head whole and screened, norm and quantisation, attention. Each case checks its output
 //! against a plain computation before it is timed; behind each stands what the machine allows, measured at the start.
 //!
 //! What is bound by memory is larger than a last-level cache here, so that it is read from memory every time, as in a model.
@@ -15,7 +15,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 
 /// Width of bitnet-b1.58-2B-4T.
 const WIDTH: usize = 2560;
-/// Rows of a matrix of 82 or 102 MB.
+/// Rows of a matrix of 82 to 102 MB.
 const MANY_ROWS: usize = 160_000;
 /// Rows of a head of 256 MB, whose screen has 64.
 const HEAD_ROWS: usize = 50_000;

@@ -104,9 +104,11 @@ impl CpuEngine {
     /// # Errors
     /// As [`Self::load`].
     pub fn from_checkpoint(checkpoint: &Checkpoint, options: &EngineOptions) -> Result<Self> {
-        let kernels = Kernels::of(options.isa.map_or_else(Isa::from_environment, Ok)?)?;
+        let fastest = Kernels::of(options.isa.map_or_else(Isa::from_environment, Ok)?)?;
+        let kernels = fastest.with_packing(options.quantization.packing(fastest.packing()));
         let threads = Threads::new(options.threads)?;
-        let config = checkpoint.description().config();
+        let quantization_type = options.quantization.kind();
+        let config = ModelConfig { quantization_type, ..checkpoint.description().config() };
         let validator = StandardInputValidator::new(config.clone(), Device::Cpu);
         validator.validate_memory_requirements(checkpoint.tensor_bytes())?;
         let load = LoadOptions { in_memory: options.weights_in_memory, packed: options.packed };
@@ -422,7 +424,8 @@ impl BitNetInference for CpuEngine {
     }
 
     fn supports_quantization(&self, qtype: QuantizationType) -> bool {
-        matches!(qtype, QuantizationType::I2S)
+        // Each has kernels of its own: see `EngineOptions::quantization`. Types that may come are not among them.
+        matches!(qtype, QuantizationType::I2S | QuantizationType::TL1 | QuantizationType::TL2)
     }
 
     fn memory_usage(&self) -> MemoryUsage {

@@ -15,6 +15,8 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// Instruction set of the kernels (CPU backend only); None takes `BITNET_ISA`, else the fastest.
     pub isa: Option<crate::kernels::Isa>,
+    /// Kernels of the ternary weights (CPU backend only), which are packed for them whatever the file's format. All give the same bits.
+    pub quantization: crate::ternary::Quantization,
     /// Copy a large bf16 embedding or head into memory (CPU backend only); otherwise it stays in its file, of which a step of
     /// generation reads a few rows.
     pub weights_in_memory: bool,
@@ -41,6 +43,13 @@ impl EngineOptions {
     #[must_use]
     pub fn with_isa(mut self, isa: crate::kernels::Isa) -> Self {
         self.isa = Some(isa);
+        self
+    }
+
+    /// With the kernels of `quantization`.
+    #[must_use]
+    pub fn with_quantization(mut self, quantization: crate::ternary::Quantization) -> Self {
+        self.quantization = quantization;
         self
     }
 

@@ -3,6 +3,7 @@
 use bitnet_contracts::*;
 use bitnet_engine::kernels::{Isa, KvFormat};
 use bitnet_engine::model::{Checkpoint, ModelSource};
+use bitnet_engine::ternary::Quantization;
 use bitnet_engine::{CpuEngine, EngineOptions};
 
 fn ids(tokens: &[u32], batch: usize) -> Tensor {
@@ -84,6 +85,33 @@ fn keys_and_values_of_every_format_behind_many_positions(#[case] kv: KvFormat, #
     assert!((bytes as f64 - share * all as f64).abs() < 0.01 * all as f64, "{kv}: {bytes} of {all}");
 }
 
+/// The kernels of every quantization, prefill and steps: the default's bits, and what the engine says of itself is what was asked for.
+#[test]
+fn every_quantization_gives_the_same_bits() {
+    let tokens = prompt(80, 4096);
+    let reference =
+        bits(&CpuEngine::embedded(&EngineOptions::default()).unwrap().forward(&ids(&tokens, 1), None).unwrap().logits);
+    let kinds = [QuantizationType::I2S, QuantizationType::I2S, QuantizationType::TL1, QuantizationType::TL2];
+    for (quantization, kind) in Quantization::ALL.into_iter().zip(kinds) {
+        for (isa, threads) in Isa::available().into_iter().zip([1, 2, 3]) {
+            let options = EngineOptions::default().with_isa(isa).with_threads(threads).with_quantization(quantization);
+            let mut engine = CpuEngine::embedded(&options).unwrap();
+            assert_eq!(engine.config().quantization_type, kind);
+            assert!(kinds.iter().all(|&kind| engine.supports_quantization(kind)));
+            let whole = engine.forward(&ids(&tokens, 1), None).unwrap();
+            assert!(bits(&whole.logits) == reference, "{quantization} on {isa}");
+            let mut cache = KVCache::new(80);
+            let mut pieces = Vec::new();
+            let (many, rest) = tokens.split_at(60);
+            let (few, steps) = rest.split_at(5);
+            for piece in [many, few].into_iter().chain(steps.chunks(1)) {
+                pieces.extend(bits(&engine.forward(&ids(piece, 1), Some(&mut cache)).unwrap().logits));
+            }
+            assert!(pieces == reference, "{quantization} on {isa}, in steps");
+        }
+    }
+}
+
 #[test]
 fn a_session_goes_on_from_where_it_is_rewound_to() {
     let mut engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
@@ -115,14 +143,21 @@ fn every_preset_and_storage_runs_and_agrees_over_instruction_sets() {
 
 #[test]
 fn reported_weights_are_what_is_held() {
-    let engine = CpuEngine::embedded(&EngineOptions::default()).unwrap();
+    for quantization in Quantization::ALL {
+        reported_weights_of(quantization);
+    }
+}
+
+fn reported_weights_of(quantization: Quantization) {
+    let engine = CpuEngine::embedded(&EngineOptions::default().with_quantization(quantization)).unwrap();
     let usage = engine.memory_usage();
     // 28 ternary matrices (all dimensions are multiples of 16) at 2 bits, or in base 3 with 20 columns in a block of 64 bytes for 16
-    // rows; the bf16 embedding; f32 norms; the screen of the head: 4 bits a weight, an f32 a row, a column and 64 rows, and one.
+    // rows, or in triples with 96 columns in 320 bytes and 64 for the row group; the bf16 embedding; f32 norms; the screen of the head: 4 bits a weight, an f32 a row, a column and 64 rows, and one.
     let d = engine.description();
     let (h, f, kv) = (d.hidden_size, d.intermediate_size, d.kv_size());
-    let trits = |rows: usize, columns: usize| match engine.isa() {
-        Isa::Avx512Vnni => rows * columns.div_ceil(20) * 4,
+    let trits = |rows: usize, columns: usize| match (quantization, engine.isa()) {
+        (Quantization::Tl2, _) => rows / 16 * (columns.div_ceil(96) * 320 + 64),
+        (Quantization::Auto, Isa::Avx512Vnni) => rows * columns.div_ceil(20) * 4,
         _ => rows * columns / 4,
     };
     let layer = 2 * trits(h, h) + 2 * trits(kv, h) + 2 * trits(f, h) + trits(h, f);

@@ -11,7 +11,7 @@ const EPS: f32 = 1e-5;
 
 /// Some rows, normalised and quantised.
 pub struct NormCase {
-    kernels: Kernels,
+    kernels: &'static Kernels,
     threads: Threads,
     x: Vec<f32>,
     gain: Vec<f32>,
@@ -33,7 +33,7 @@ impl NormCase {
 
 impl Case for NormCase {
     fn run(&mut self) -> Result<()> {
-        norm_and_quantize(&self.kernels, &self.threads, &self.x, &self.gain, EPS, &mut self.out)
+        norm_and_quantize(self.kernels, &self.threads, &self.x, &self.gain, EPS, &mut self.out)
     }
 
     /// Reads the integers back through the product with a matrix of some unit rows.
@@ -46,11 +46,11 @@ impl Case for NormCase {
             Ok(())
         };
         let source = TritSource { rows: looked_at.len(), columns, scale: 1.0, row: &row };
-        let weights = InterleavedMatrix::pack(&source, &self.kernels, &self.threads)?;
+        let weights = InterleavedMatrix::pack(&source, self.kernels, &self.threads)?;
         let tokens = self.x.len() / columns;
         let mut out = vec![0f32; tokens * looked_at.len()];
         let job = TernaryJob { weights: &weights, out: &mut out, add: false };
-        ternary_matmul(&self.kernels, &self.threads, &self.out, [job]);
+        ternary_matmul(self.kernels, &self.threads, &self.out, [job]);
         for (token, x) in self.x.chunks_exact(columns).enumerate() {
             let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / columns as f64;
             let factor = 1.0 / (mean + f64::from(EPS)).sqrt();

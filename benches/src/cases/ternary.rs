@@ -32,7 +32,7 @@ impl TernaryWeights {
         };
         let source = TritSource { rows: shape.rows, columns: shape.columns, scale: 1.0, row: &row };
         let kernels = Kernels::of(Isa::best())?.with_packing(packing);
-        Ok(Self(InterleavedMatrix::pack(&source, &kernels, threads)?))
+        Ok(Self(InterleavedMatrix::pack(&source, kernels, threads)?))
     }
 
     /// Bytes held.
@@ -53,7 +53,7 @@ fn activation(token: usize, column: usize) -> f32 {
 /// A product of weights and the activations of some tokens.
 pub struct TernaryCase {
     weights: Rc<TernaryWeights>,
-    kernels: Kernels,
+    kernels: &'static Kernels,
     threads: Threads,
     activations: QuantizedActivations,
     tokens: usize,
@@ -70,7 +70,7 @@ impl TernaryCase {
         let kernels = kernels.with_packing(weights.0.packing());
         let x: Vec<f32> = (0..tokens * columns).map(|i| activation(i / columns, i % columns)).collect();
         let mut activations = QuantizedActivations::default();
-        activations.quantize(&kernels, threads, &x, columns, &|| "made-up activations".to_string())?;
+        activations.quantize(kernels, threads, &x, columns, &|| "made-up activations".to_string())?;
         Ok(Self { weights, kernels, threads: threads.clone(), activations, tokens, out: vec![0.0; tokens * rows] })
     }
 }
@@ -78,7 +78,7 @@ impl TernaryCase {
 impl Case for TernaryCase {
     fn run(&mut self) -> Result<()> {
         let job = TernaryJob { weights: &self.weights.0, out: &mut self.out, add: false };
-        ternary_matmul(&self.kernels, &self.threads, &self.activations, [job]);
+        ternary_matmul(self.kernels, &self.threads, &self.activations, [job]);
         Ok(())
     }
 

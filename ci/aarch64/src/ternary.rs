@@ -2,6 +2,8 @@
 
 #[path = "../../../engine/src/ternary/interleaved.rs"]
 pub mod interleaved;
+#[path = "../../../engine/src/ternary/lookup_layout.rs"]
+pub(crate) mod lookup_layout;
 
 pub use interleaved::InterleavedMatrix;
 

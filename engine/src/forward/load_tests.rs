@@ -8,6 +8,7 @@ use rstest::rstest;
 
 use crate::kernels::{Isa, Kernels, Threads};
 use crate::model::{Checkpoint, Found, ModelSource, PackedFile, PackedWeights};
+use crate::ternary::Quantization;
 use crate::{CpuEngine, EngineOptions};
 
 /// A small model, old enough to have a stamp.
@@ -25,7 +26,11 @@ fn settle() {
 
 /// Bits of the logits behind a prompt, and the tokens that the screened head chooses.
 fn run(path: &Path, packed: PackedWeights) -> (Vec<u32>, Vec<u32>) {
-    let options = EngineOptions::default().with_threads(2).with_packed(packed);
+    run_as(path, packed, Quantization::Auto)
+}
+
+fn run_as(path: &Path, packed: PackedWeights, quantization: Quantization) -> (Vec<u32>, Vec<u32>) {
+    let options = EngineOptions::default().with_threads(2).with_packed(packed).with_quantization(quantization);
     let mut engine = CpuEngine::load(path, &options).unwrap();
     let logits = engine.feed(&[3, 1, 4, 1, 5]).unwrap().iter().map(|l| l.to_bits()).collect();
     let mut tokens = vec![7];
@@ -45,9 +50,13 @@ fn kept(folder: &Path) -> Vec<PathBuf> {
 
 /// A packed file that holds what the one at `path` holds, but for the scale of the first matrix, which is doubled.
 fn forge(folder: &Path, path: &Path) {
+    forge_as(folder, path, Quantization::Auto)
+}
+
+fn forge_as(folder: &Path, path: &Path, quantization: Quantization) {
     let checkpoint = Checkpoint::open(&ModelSource::from_path(folder)).unwrap();
     let threads = Threads::new(Some(1)).unwrap();
-    let (_, key) = checkpoint.packed_place(Kernels::of(Isa::best()).unwrap().packing()).unwrap();
+    let (_, key) = checkpoint.packed_place(quantization.packing(Kernels::of(Isa::best()).unwrap().packing())).unwrap();
     let Found::Fresh(file) = PackedFile::find(path, &key) else { panic!("no file") };
     let mut sections: Vec<Vec<u8>> = file.lengths().iter().map(|&len| vec![0; len as usize]).collect();
     for (i, section) in sections.iter_mut().enumerate() {
@@ -80,6 +89,24 @@ fn what_is_kept_gives_the_same_bits_and_is_really_read(#[case] preset: &str) {
     forge(path, &files[0]);
     assert_ne!(run(path, PackedWeights::Use).0, anew.0, "the file was not read");
     assert_eq!(run(path, PackedWeights::Never), anew);
+}
+
+/// One folder, a file for each packing; none is taken for another's.
+#[test]
+fn every_quantization_has_a_file_of_its_own() {
+    let folder = model("gqa1-tied-bf16");
+    let path = folder.path();
+    let anew = run(path, PackedWeights::Never);
+    for (n, quantization) in [Quantization::I2s, Quantization::Tl1, Quantization::Tl2].into_iter().enumerate() {
+        let before = kept(path);
+        assert_eq!(run_as(path, PackedWeights::Keep, quantization), anew, "{quantization}");
+        let files = kept(path);
+        assert_eq!(files.len(), n + 1, "{files:?}");
+        assert_eq!(run_as(path, PackedWeights::Use, quantization), anew, "{quantization}");
+        let file = files.iter().find(|file| !before.contains(file)).unwrap();
+        forge_as(path, file, quantization);
+        assert_ne!(run_as(path, PackedWeights::Use, quantization).0, anew.0, "{quantization}: the file was not read");
+    }
 }
 
 #[test]

@@ -7,7 +7,8 @@ use bitnet_contracts::{ForwardPassError, Result};
 
 use super::chunks::{as_chunks, as_chunks_mut};
 use super::columns::Columns;
-use super::ternary_tile::PLANE;
+use super::lookup::table_lines;
+use super::ternary_tile::{BLOCK_BYTES, Line, PLANE};
 use super::{Kernels, Threads};
 use crate::ternary::interleaved::Packing;
 
@@ -20,6 +21,8 @@ pub struct QuantizedActivations {
     /// For many tokens four activations a dword, `[tiles, columns / 4, tile]`. For few tokens a row each: four activations a dword, or
     /// for weights in base three a pair of 16-bit differences, see [`Packing::BaseThree`].
     dwords: Vec<i32>,
+    /// For few tokens and weights that are looked up, the tables of each: see [`super::lookup`].
+    tables: Vec<Line>,
     /// The quantiser's factor and the sum of the int8 values, a token.
     inverse: Vec<(f32, i32)>,
     columns: usize,
@@ -94,6 +97,9 @@ impl QuantizedActivations {
         let pieces = tokens.div_ceil(piece);
         self.dwords.resize(pieces * piece * steps, 0);
         self.inverse.resize(tokens, (0.0, 0));
+        let (lines, has_tables) = (self.table_lines(), self.has_tables());
+        self.tables.resize(tokens * lines, Line([0; BLOCK_BYTES]));
+        let tables = Columns::new(&mut self.tables, lines);
         let inverse = Columns::new(&mut self.inverse, piece.max(tokens));
         let failure = AtomicU8::new(0);
         threads.for_each_chunk(&mut self.dwords, (steps * piece).max(1), tokens > 1, |i, place| {
@@ -115,7 +121,10 @@ impl QuantizedActivations {
                         failure.fetch_max(RowFailure::NotFinite as u8, Ordering::Relaxed);
                         continue;
                     };
-                    if differences {
+                    if has_tables {
+                        // SAFETY: row `r` belongs to this piece alone, and the vector stays borrowed for this call.
+                        kernels.tables(bytes, unsafe { tables.slice(r, 0, lines) });
+                    } else if differences {
                         write_differences(bytes, place);
                     } else {
                         let (dwords, _) = as_chunks::<PLANE, _>(bytes);
@@ -148,7 +157,9 @@ impl QuantizedActivations {
 
     /// Bytes allocated.
     pub fn memory_bytes(&self) -> usize {
-        self.dwords.capacity() * 4 + self.inverse.capacity() * size_of::<(f32, i32)>()
+        self.dwords.capacity() * 4
+            + self.tables.capacity() * BLOCK_BYTES
+            + self.inverse.capacity() * size_of::<(f32, i32)>()
     }
 
     /// How the weights are packed that these activations are for.
@@ -164,6 +175,22 @@ impl QuantizedActivations {
     /// Whether rows hold differences.
     fn has_differences(&self) -> bool {
         !self.is_tiled() && self.packing == Some(Packing::BaseThree)
+    }
+
+    /// Whether few tokens have tables.
+    fn has_tables(&self) -> bool {
+        !self.is_tiled() && self.packing.is_some_and(Packing::has_tables)
+    }
+
+    /// Lines of one token's tables.
+    fn table_lines(&self) -> usize {
+        self.packing.filter(|_| self.has_tables()).map_or(0, |packing| table_lines(packing, self.padded()))
+    }
+
+    /// The tables of one token.
+    pub(super) fn tables(&self, token: usize) -> &[Line] {
+        let lines = self.table_lines();
+        &self.tables[token * lines..(token + 1) * lines]
     }
 
     /// Dwords of one token.

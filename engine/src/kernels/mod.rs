@@ -1,6 +1,7 @@
-//! The arithmetic. Every kernel is written once, in [`ternary_tile`], [`ternary_panel`], [`attention`] and [`float`], and compiled for
-//! each instruction set behind one table of function pointers, [`Kernels`]. All instruction sets give the same bits: the integer part because it is exact, the
-//! float part because the order of every reduction is written out (sixteen lanes, one tree) and no multiply-add is fused.
+//! The arithmetic. Every kernel is written once, in [`ternary_tile`], [`ternary_panel`], [`lookup`], [`attention`] and [`float`], and
+//! compiled for each instruction set behind one table of function pointers, [`Kernels`]. All instruction sets give the same bits: the
+//! integer part because it is exact, the float part because the order of every reduction is written out (sixteen lanes, one tree) and no
+//! multiply-add is fused.
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
@@ -14,6 +15,7 @@ mod head_screen;
 mod isa;
 mod kv_page;
 mod limits;
+mod lookup;
 mod pages;
 mod portable;
 mod team;
@@ -88,19 +90,31 @@ pub struct Kernels {
     screen_codes: fn(&[f32], &[f32], &mut [u8]) -> f32,
     all_finite: fn(&[f32]) -> bool,
     pack: fn(Packing, &[u32], &mut [u8]),
+    tables: fn(Packing, &[i8], &mut [ternary_tile::Line]),
     /// See [`limits`].
     read_limit: fn(&[u8]) -> u64,
     mac_limit: fn(usize) -> u64,
 }
 
+/// The kernels of one instruction set: for the fastest packing, and for each of [`Packing::ALL`].
+struct Tables {
+    fastest: Kernels,
+    packed: [Kernels; 4],
+}
+
 impl Kernels {
-    /// The kernels of `isa`.
+    /// The kernels of `isa`, for the packing that is fastest there.
     ///
     /// # Errors
     /// `DeviceError::InsufficientCapability` when this CPU lacks the instruction set.
     pub fn of(isa: Isa) -> bitnet_contracts::Result<&'static Kernels> {
         isa.require()?;
-        Ok(match isa {
+        Ok(&Self::tables_of(isa).fastest)
+    }
+
+    /// The tables of an instruction set that this CPU has.
+    fn tables_of(isa: Isa) -> &'static Tables {
+        match isa {
             Isa::Portable => &portable::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => &x86_64::avx2::KERNELS,
@@ -112,7 +126,7 @@ impl Kernels {
             Isa::DotProd => &aarch64::dotprod::KERNELS,
             // `require` has refused every instruction set that this architecture does not have.
             _ => &portable::KERNELS,
-        })
+        }
     }
 
     /// The instruction set these kernels were compiled for.
@@ -120,15 +134,15 @@ impl Kernels {
         self.isa
     }
 
-    /// How weights are packed for these kernels: what is fastest there.
+    /// How weights are packed for these kernels.
     pub fn packing(&self) -> Packing {
         self.packing
     }
 
     /// The same kernels for weights in another packing.
     #[must_use]
-    pub fn with_packing(&self, packing: Packing) -> Kernels {
-        Kernels { packing, ..self.clone() }
+    pub fn with_packing(&self, packing: Packing) -> &'static Kernels {
+        &Self::tables_of(self.isa).packed[packing as usize]
     }
 
     /// Row groups of one panel of [`ternary_panel`].
@@ -206,6 +220,11 @@ impl Kernels {
         (self.pack)(self.packing, lanes, out)
     }
 
+    /// The tables of one token's activations: see [`lookup`].
+    fn tables(&self, activations: &[i8], out: &mut [ternary_tile::Line]) {
+        (self.tables)(self.packing, activations, out)
+    }
+
     /// Whether no value is NaN or infinite.
     pub(crate) fn all_finite(&self, x: &[f32]) -> bool {
         (self.all_finite)(x)
@@ -220,7 +239,7 @@ macro_rules! kernel_table {
             use super::*;
             use $crate::kernels::head_screen::ScreenPass;
             use $crate::kernels::ternary_matmul::Product;
-            use $crate::kernels::{AttendArgs, attention, float, head_screen, limits, ternary_panel, ternary_tile};
+            use $crate::kernels::{AttendArgs, attention, float, head_screen, limits, lookup, ternary_panel, ternary_tile};
             use $crate::kernels::ternary_panel::PanelScratch;
             use $crate::model::FloatRows;
             use $crate::ternary::interleaved::{self, Packing};
@@ -237,6 +256,8 @@ macro_rules! kernel_table {
                             ternary_panel::panel::<$lanes, $groups, $tokens>(product, panel, scratch);
                         }
                     }
+                } else if product.weights.packing().has_tables() {
+                    lookup::stream::<$lanes>(product, first, end);
                 } else {
                     for group in first..end {
                         ternary_tile::stream::<$lanes>(product, group);
@@ -292,6 +313,10 @@ macro_rules! kernel_table {
                 interleaved::pack_lanes(packing, lanes, out)
             }
             $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn tables(packing: Packing, activations: &[i8], out: &mut [ternary_tile::Line]) {
+                lookup::write_tables(packing, activations, out)
+            }
+            $(#[target_feature(enable = $feature)])?
             pub(super) unsafe fn read_limit(bytes: &[u8]) -> u64 {
                 limits::read::<$lanes>(bytes)
             }
@@ -301,9 +326,9 @@ macro_rules! kernel_table {
             }
         }
 
-        // SAFETY (of every block in the table): the table is reachable through `Kernels::of` only, which has checked that the CPU
+        // SAFETY (of every block in the table): the table is reachable through `Kernels::of` first, which has checked that the CPU
         // has the features that the entries were compiled with; the portable table needs none.
-        pub(in $crate::kernels) static KERNELS: $crate::kernels::Kernels = $crate::kernels::Kernels {
+        const TABLE: $crate::kernels::Kernels = $crate::kernels::Kernels {
             isa: $isa,
             packing: $packing,
             panel_groups: $groups,
@@ -323,8 +348,18 @@ macro_rules! kernel_table {
             screen_codes: |row, offsets, out| unsafe { entry::screen_codes(row, offsets, out) },
             all_finite: |x| unsafe { entry::all_finite(x) },
             pack: |packing, lanes, out| unsafe { entry::pack(packing, lanes, out) },
+            tables: |packing, activations, out| unsafe { entry::tables(packing, activations, out) },
             read_limit: |bytes| unsafe { entry::read_limit(bytes) },
             mac_limit: |passes| unsafe { entry::mac_limit(passes) },
+        };
+        pub(in $crate::kernels) static KERNELS: $crate::kernels::Tables = $crate::kernels::Tables {
+            fastest: TABLE,
+            packed: [
+                $crate::kernels::Kernels { packing: Packing::ALL[0], ..TABLE },
+                $crate::kernels::Kernels { packing: Packing::ALL[1], ..TABLE },
+                $crate::kernels::Kernels { packing: Packing::ALL[2], ..TABLE },
+                $crate::kernels::Kernels { packing: Packing::ALL[3], ..TABLE },
+            ],
         };
     };
 }

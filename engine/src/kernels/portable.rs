@@ -1,7 +1,11 @@
 //! The portable path: plain Rust, the definition that every other path is held to.
 
+#![allow(clippy::needless_range_loop)] // Lanes are counted, several arrays at once.
+
 use super::attention::FloatLanes;
+use super::chunks::as_chunks;
 use super::kv_page::KvNumber;
+use super::lookup::LookupLanes;
 use super::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS};
 use super::{Isa, kernel_table};
 use crate::ternary::interleaved::Packing;
@@ -113,6 +117,88 @@ impl DotLanes for Portable {
 
     #[inline(always)]
     fn prefetch(_: *const u8) {}
+}
+
+impl LookupLanes for Portable {
+    type Bytes = [u8; 16];
+    type Mask = [u8; 16];
+    const PARTS: usize = 4;
+    const GROUPS: usize = 1;
+
+    #[inline(always)]
+    fn no_bytes() -> Self::Bytes {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    fn load_bytes(block: &[u8; BLOCK_BYTES], part: usize) -> Self::Bytes {
+        as_chunks(block).0[part]
+    }
+
+    #[inline(always)]
+    fn store_bytes(bytes: Self::Bytes, line: &mut Line) {
+        line.0[..16].copy_from_slice(&bytes);
+    }
+
+    #[inline(always)]
+    fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        let mut nibbles = bytes;
+        for i in 0..16 {
+            nibbles[i] &= 15;
+        }
+        nibbles
+    }
+
+    #[inline(always)]
+    fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        let mut nibbles = bytes;
+        for i in 0..16 {
+            nibbles[i] >>= 4;
+        }
+        nibbles
+    }
+
+    #[inline(always)]
+    fn lookup(table: Self::Bytes, indices: Self::Bytes) -> Self::Bytes {
+        let mut found = [0; 16];
+        for i in 0..16 {
+            found[i] = table[usize::from(indices[i] & 15)];
+        }
+        found
+    }
+
+    #[inline(always)]
+    fn having(bytes: Self::Bytes, bit: u8) -> Self::Mask {
+        let mut mask = [0; 16];
+        for i in 0..16 {
+            mask[i] = if bytes[i] & bit != 0 { 0xff } else { 0 };
+        }
+        mask
+    }
+
+    #[inline(always)]
+    fn complement(bytes: Self::Bytes, mask: Self::Mask) -> Self::Bytes {
+        let mut complemented = bytes;
+        for i in 0..16 {
+            complemented[i] ^= mask[i];
+        }
+        complemented
+    }
+
+    #[inline(always)]
+    fn add([mut all, mut odd, mut high]: [Self::Bytes; 3], low: Self::Bytes, more: Self::Bytes) -> [Self::Bytes; 3] {
+        for i in (0..16).step_by(2) {
+            let word = u16::from_le_bytes([low[i], low[i + 1]]);
+            let both = u16::from_le_bytes([all[i], all[i + 1]]).wrapping_add(word);
+            [all[i], all[i + 1]] = both.to_le_bytes();
+            let apart = u16::from_le_bytes([odd[i], odd[i + 1]]).wrapping_add(word >> 8);
+            [odd[i], odd[i + 1]] = apart.to_le_bytes();
+        }
+        for i in 0..16 {
+            high[i] = high[i].wrapping_add(more[i]);
+        }
+        [all, odd, high]
+    }
 }
 
 impl FloatLanes for Portable {

@@ -7,10 +7,11 @@
 
 use super::chunks::{as_chunks, as_chunks_mut};
 use super::ternary_matmul::Product;
-use super::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS, unpack_base3};
+use super::ternary_tile::{BLOCK_BYTES, DotLanes, Line, PLANE, ROWS, unpack_base3};
 use crate::ternary::interleaved::Packing;
+use crate::ternary::lookup_layout::{COUNTS, TRIPLE_PLANES, TRIPLES, unpack_pairs, unpack_triples};
 
-/// Planes of one stretch of columns: whole blocks in either packing. Two groups of them are 20 KiB.
+/// Planes of one stretch of columns, at most. Two groups of them are 20 KiB.
 const STRETCH: usize = 160;
 
 /// Working memory of a thread.
@@ -29,7 +30,9 @@ pub(super) fn panel<L: DotLanes, const G: usize, const T: usize>(
     first: usize,
     scratch: &mut PanelScratch,
 ) {
-    let stretch = STRETCH.min(L::RUN);
+    // Whole blocks.
+    let block = product.weights.packing().block() / PLANE;
+    let stretch = STRETCH.min(L::RUN) / block * block;
     let steps = product.activations.steps();
     scratch.lines.resize(stretch * G, Line([0; BLOCK_BYTES]));
     let (lines, _) = as_chunks_mut::<G, _>(&mut scratch.lines);
@@ -68,7 +71,8 @@ fn unpack_stretch<L: DotLanes, const G: usize>(
     from: usize,
     lines: &mut [[Line; G]],
 ) {
-    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(product.weights.group(group));
+    let bytes = product.weights.group(group);
+    let (blocks, _) = as_chunks::<BLOCK_BYTES, _>(bytes);
     match product.weights.packing() {
         Packing::TwoBits => {
             for (block, lines) in blocks[from / 4..].iter().zip(as_chunks_mut::<4, _>(lines).0) {
@@ -86,6 +90,31 @@ fn unpack_stretch<L: DotLanes, const G: usize>(
                 }
             }
         }
+        Packing::Pairs => {
+            for (block, lines) in blocks[from / 4..].iter().zip(as_chunks_mut::<4, _>(lines).0) {
+                let planes = unpack_pairs(block);
+                for p in 0..4 {
+                    write_plane(&planes[p], &mut lines[p][g]);
+                }
+            }
+        }
+        Packing::Triples => {
+            let (units, _) = as_chunks::<TRIPLES, _>(&bytes[COUNTS..]);
+            for (unit, lines) in units[from / TRIPLE_PLANES..].iter().zip(as_chunks_mut::<TRIPLE_PLANES, _>(lines).0) {
+                let planes = unpack_triples(unit);
+                for p in 0..TRIPLE_PLANES {
+                    write_plane(&planes[p], &mut lines[p][g]);
+                }
+            }
+        }
+    }
+}
+
+/// Writes a plane of which a dword a row is at hand.
+#[inline(always)]
+fn write_plane(plane: &[u32; ROWS], line: &mut Line) {
+    for (place, codes) in as_chunks_mut::<4, _>(&mut line.0).0.iter_mut().zip(plane) {
+        *place = codes.to_le_bytes();
     }
 }
 

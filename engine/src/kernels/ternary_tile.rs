@@ -94,6 +94,8 @@ pub(super) fn stream<L: DotLanes>(product: &Product<'_>, group: usize) {
             (Packing::TwoBits, 4..) => tokens_at_once::<L, 4>(product, group, token),
             (Packing::TwoBits, 2..) => tokens_at_once::<L, 2>(product, group, token),
             (Packing::TwoBits, _) => tokens_at_once::<L, 1>(product, group, token),
+            // Tables have a loop of their own: [`super::lookup`].
+            (Packing::Pairs | Packing::Triples, left) => left.max(1),
             (Packing::BaseThree, 4..) => tokens_by_prefixes::<L, 4>(product, group, token),
             (Packing::BaseThree, 2..) => tokens_by_prefixes::<L, 2>(product, group, token),
             (Packing::BaseThree, _) => tokens_by_prefixes::<L, 1>(product, group, token),

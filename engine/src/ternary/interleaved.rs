@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex};
 
 use bitnet_contracts::{MemoryError, Result};
 
+use super::lookup_layout::{COUNTS, TRIPLES, pack_pairs, pack_triples, unpack_pairs, unpack_triples};
 use crate::kernels::chunks::{as_chunks, as_chunks_mut};
 use crate::kernels::{Kernels, Pages, Threads};
 
@@ -40,31 +41,52 @@ pub enum Packing {
     TwoBits,
     /// Ten trits in sixteen bits: the fewest bytes.
     BaseThree,
+    /// TL1, two trits an index of four bits: see [`super::lookup_layout`].
+    Pairs,
+    /// TL2, three trits an index of four bits and a sign: see there.
+    Triples,
 }
 
 impl Packing {
-    /// Both.
-    pub const ALL: [Packing; 2] = [Packing::TwoBits, Packing::BaseThree];
+    /// All, in their order.
+    pub const ALL: [Packing; 4] = [Packing::TwoBits, Packing::BaseThree, Packing::Pairs, Packing::Triples];
 
     /// As files are called.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Packing::TwoBits => "two-bits",
             Packing::BaseThree => "base-three",
+            Packing::Pairs => "tl1",
+            Packing::Triples => "tl2",
         }
     }
 
-    /// Columns of one 64-byte block.
+    /// Columns of one block.
     pub(crate) const fn block(self) -> usize {
         match self {
-            Packing::TwoBits => 16,
+            Packing::TwoBits | Packing::Pairs => 16,
             Packing::BaseThree => 20,
+            Packing::Triples => 96,
+        }
+    }
+
+    /// Whether few tokens meet these weights by tables.
+    pub(crate) const fn has_tables(self) -> bool {
+        matches!(self, Packing::Pairs | Packing::Triples)
+    }
+
+    /// Bytes of a row group.
+    fn group_bytes(self, columns: usize) -> Option<usize> {
+        let blocks = columns.div_ceil(self.block());
+        match self {
+            Packing::Triples => blocks.checked_mul(TRIPLES)?.checked_add(COUNTS),
+            _ => blocks.checked_mul(BLOCK_BYTES),
         }
     }
 
     /// Bytes of a packed matrix, if there are so many.
     fn bytes(self, rows: usize, columns: usize) -> Option<usize> {
-        rows.div_ceil(ROWS).checked_mul(columns.div_ceil(self.block()))?.checked_mul(BLOCK_BYTES)
+        rows.div_ceil(ROWS).checked_mul(self.group_bytes(columns)?)
     }
 }
 
@@ -148,7 +170,7 @@ impl InterleavedMatrix {
 
     /// The blocks of row group `group`.
     pub(crate) fn group(&self, group: usize) -> &[u8] {
-        let bytes = self.columns.div_ceil(self.packing.block()) * BLOCK_BYTES;
+        let bytes = self.packing.group_bytes(self.columns).unwrap_or(0);
         let start = self.start + group * bytes;
         &self.pages[start..start + bytes]
     }
@@ -156,6 +178,16 @@ impl InterleavedMatrix {
     /// Unpacks row `row` into `columns` trits.
     pub fn unpack_row(&self, row: usize, out: &mut [i8]) {
         let group = self.group(row / ROWS);
+        let write = |out: &mut [i8], planes: &[[u32; ROWS]]| {
+            for (out, plane) in out.chunks_mut(4).zip(planes) {
+                out.iter_mut().zip(plane[row % ROWS].to_le_bytes()).for_each(|(o, code)| *o = code as i8 - 1);
+            }
+        };
+        if self.packing == Packing::Triples {
+            let (units, _) = as_chunks::<TRIPLES, _>(&group[COUNTS..]);
+            out.chunks_mut(96).zip(units).for_each(|(out, unit)| write(out, &unpack_triples(unit)));
+            return;
+        }
         let blocks = as_chunks::<BLOCK_BYTES, _>(group).0;
         for (out, block) in out.chunks_mut(self.packing.block()).zip(blocks) {
             let lane = &block[4 * (row % ROWS)..][..4];
@@ -165,6 +197,7 @@ impl InterleavedMatrix {
                         *o = ((lane[c % 4] >> (2 * (c / 4))) & 3) as i8 - 1;
                     }
                 }
+                Packing::Pairs | Packing::Triples => write(out, &unpack_pairs(block)),
                 Packing::BaseThree => {
                     for (word, bytes) in as_chunks::<2, _>(lane).0.iter().enumerate() {
                         let mut fraction = u16::from_le_bytes(*bytes);
@@ -237,7 +270,7 @@ impl Packer {
             .ok_or_else(|| MemoryError::PoolExhausted { pool_type: "packed matrices".to_string() })?;
         let end = start + place.len();
         let failure = Mutex::new(None);
-        threads.for_each_chunk(place, (columns.div_ceil(packing.block()) * BLOCK_BYTES).max(1), true, |g, group| {
+        threads.for_each_chunk(place, packing.group_bytes(columns).unwrap_or(0).max(1), true, |g, group| {
             // What is missing at the edges stays zero.
             let width = columns.next_multiple_of(packing.block());
             let mut trits = vec![0i8; ROWS * width];
@@ -292,6 +325,11 @@ fn lanes(trits: &[i8], out: &mut Vec<u32>) {
 #[inline(always)]
 pub(crate) fn pack_lanes(packing: Packing, lanes: &[u32], out: &mut [u8]) {
     let (lanes, _) = as_chunks::<ROWS, _>(lanes);
+    match packing {
+        Packing::Pairs => return pack_pairs(lanes, codes, out),
+        Packing::Triples => return pack_triples(lanes, codes, out),
+        Packing::TwoBits | Packing::BaseThree => {}
+    }
     for (lanes, block) in lanes.chunks_exact(packing.block() / 4).zip(as_chunks_mut::<BLOCK_BYTES, _>(out).0) {
         let mut words = [0u32; ROWS];
         match packing {
@@ -302,7 +340,7 @@ pub(crate) fn pack_lanes(packing: Packing, lanes: &[u32], out: &mut [u8]) {
                     }
                 }
             }
-            Packing::BaseThree => {
+            _ => {
                 // The number of each word, two of its digits at a time.
                 let (mut even, mut odd) = ([0u32; ROWS], [0u32; ROWS]);
                 for m in 0..lanes.len() {
@@ -350,7 +388,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn unpacking_gives_back_what_was_packed(rows in 1usize..40, columns in 1usize..70, seed in any::<u64>()) {
+        fn unpacking_gives_back_what_was_packed(rows in 1usize..40, columns in 1usize..230, seed in any::<u64>()) {
             let trit = |r: usize, c: usize| ((seed ^ (r * 1009 + c) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as i64 % 3 - 1;
             let row = |r: usize, out: &mut [i8]| {
                 out.iter_mut().enumerate().for_each(|(c, o)| *o = trit(r, c) as i8);
@@ -360,12 +398,16 @@ mod tests {
             let threads = Threads::new(Some(2)).unwrap();
             for (packing, isa) in Packing::ALL.into_iter().flat_map(|p| Isa::available().into_iter().map(move |isa| (p, isa))) {
                 let kernels = Kernels::of(isa).unwrap().with_packing(packing);
-                let mut packer = Packer::new(&kernels, [(rows, columns), (rows, columns)]).unwrap();
+                let mut packer = Packer::new(kernels, [(rows, columns), (rows, columns)]).unwrap();
                 packer.add(&source, &threads).unwrap();
                 packer.add(&source, &threads).unwrap();
                 prop_assert!(packer.add(&source, &threads).is_err(), "no room for a third");
                 let matrix = packer.finish().pop().unwrap();
-                prop_assert_eq!(matrix.memory_bytes(), rows.div_ceil(16) * columns.div_ceil(packing.block()) * 64);
+                let group = match packing {
+                    Packing::Triples => 64 + columns.div_ceil(96) * 320,
+                    _ => columns.div_ceil(packing.block()) * 64,
+                };
+                prop_assert_eq!(matrix.memory_bytes(), rows.div_ceil(16) * group);
                 for r in 0..rows {
                     let mut out = vec![9i8; columns];
                     matrix.unpack_row(r, &mut out);

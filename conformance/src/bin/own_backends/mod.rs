@@ -46,7 +46,7 @@ impl BackendFactory for Cpu {
             .with_batch()
             .with_bitwise()
             .with_instruction_sets(Isa::available().into_iter().map(Isa::name))
-            .with_quantization(&[QuantizationType::I2S])
+            .with_quantization(&[QuantizationType::I2S, QuantizationType::TL1, QuantizationType::TL2])
     }
 
     fn description(&self) -> Option<String> {

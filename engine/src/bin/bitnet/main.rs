@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use bitnet_engine::EngineOptions;
 use bitnet_engine::kernels::KvFormat;
 use bitnet_engine::model::{Activation, ModelSource, PackedWeights};
-use bitnet_engine::ternary::I2sLayout;
+use bitnet_engine::ternary::{I2sLayout, Quantization};
 use clap::{Args, Parser, Subcommand};
 
 /// BitNet b1.58 inference: ternary weights, int8 activations.
@@ -92,6 +92,9 @@ struct ModelArgs {
     /// Packed weights in a file beside the model: never, use (read it where there is one) or keep (make one where there is none).
     #[arg(long, default_value_t = PackedWeights::Use, value_name = "WHEN")]
     packed: PackedWeights,
+    /// Kernels that the weights are packed for, whatever the file's format: auto, i2s, tl1 or tl2. The logits are the same.
+    #[arg(long, default_value_t = Quantization::Auto, value_name = "TYPE")]
+    quantization: Quantization,
     /// How keys and values are kept: f32, f16 or int8.
     #[arg(long, default_value_t = KvFormat::F32, value_name = "FORMAT")]
     kv: KvFormat,
@@ -103,7 +106,8 @@ impl ModelArgs {
     }
 
     fn options(&self) -> EngineOptions {
-        let options = EngineOptions::default().with_kv(self.kv).with_packed(self.packed);
+        let options = EngineOptions::default();
+        let options = options.with_kv(self.kv).with_packed(self.packed).with_quantization(self.quantization);
         match self.threads {
             Some(threads) => options.with_threads(threads),
             None => options,

@@ -9,6 +9,7 @@ use std::arch::asm;
 
 use super::neon::Neon;
 use crate::kernels::attention::FloatLanes;
+use crate::kernels::lookup::LookupLanes;
 use crate::kernels::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS};
 use crate::kernels::{Isa, kernel_table};
 use crate::ternary::interleaved::Packing;
@@ -150,6 +151,59 @@ impl DotLanes for DotProd {
     #[inline(always)]
     fn prefetch(address: *const u8) {
         Neon::prefetch(address)
+    }
+}
+
+// Looking up takes no dot products.
+impl LookupLanes for DotProd {
+    type Bytes = <Neon as LookupLanes>::Bytes;
+    type Mask = <Neon as LookupLanes>::Mask;
+    const PARTS: usize = Neon::PARTS;
+    const GROUPS: usize = Neon::GROUPS;
+
+    #[inline(always)]
+    fn no_bytes() -> Self::Bytes {
+        Neon::no_bytes()
+    }
+
+    #[inline(always)]
+    fn load_bytes(block: &[u8; BLOCK_BYTES], part: usize) -> Self::Bytes {
+        Neon::load_bytes(block, part)
+    }
+
+    #[inline(always)]
+    fn store_bytes(bytes: Self::Bytes, line: &mut Line) {
+        Neon::store_bytes(bytes, line)
+    }
+
+    #[inline(always)]
+    fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        Neon::low_nibbles(bytes)
+    }
+
+    #[inline(always)]
+    fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        Neon::high_nibbles(bytes)
+    }
+
+    #[inline(always)]
+    fn lookup(table: Self::Bytes, indices: Self::Bytes) -> Self::Bytes {
+        Neon::lookup(table, indices)
+    }
+
+    #[inline(always)]
+    fn having(bytes: Self::Bytes, bit: u8) -> Self::Mask {
+        Neon::having(bytes, bit)
+    }
+
+    #[inline(always)]
+    fn complement(bytes: Self::Bytes, mask: Self::Mask) -> Self::Bytes {
+        Neon::complement(bytes, mask)
+    }
+
+    #[inline(always)]
+    fn add(running: [Self::Bytes; 3], low: Self::Bytes, high: Self::Bytes) -> [Self::Bytes; 3] {
+        Neon::add(running, low, high)
     }
 }
 

@@ -8,6 +8,7 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 
 use crate::kernels::attention::FloatLanes;
+use crate::kernels::lookup::LookupLanes;
 use crate::kernels::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS};
 use crate::kernels::{Isa, kernel_table};
 use crate::ternary::interleaved::Packing;
@@ -238,6 +239,67 @@ fn load_bytes(block: &[u8; BLOCK_BYTES]) -> [uint8x16_t; 4] {
             v[i] = vld1q_u8(block.as_ptr().add(16 * i));
         }
         v
+    }
+}
+
+// SAFETY (of every block below): as above; `part` is below `PARTS`, so that a load stays inside the block.
+impl LookupLanes for Neon {
+    type Bytes = uint8x16_t;
+    type Mask = uint8x16_t;
+    const PARTS: usize = 4;
+    const GROUPS: usize = 4;
+
+    #[inline(always)]
+    fn no_bytes() -> Self::Bytes {
+        unsafe { vdupq_n_u8(0) }
+    }
+
+    #[inline(always)]
+    fn load_bytes(block: &[u8; BLOCK_BYTES], part: usize) -> Self::Bytes {
+        debug_assert!(part < Self::PARTS);
+        unsafe { vld1q_u8(block.as_ptr().add(16 * part)) }
+    }
+
+    #[inline(always)]
+    fn store_bytes(bytes: Self::Bytes, line: &mut Line) {
+        unsafe { vst1q_u8(line.0.as_mut_ptr(), bytes) }
+    }
+
+    #[inline(always)]
+    fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { vandq_u8(bytes, vdupq_n_u8(15)) }
+    }
+
+    #[inline(always)]
+    fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { vshrq_n_u8::<4>(bytes) }
+    }
+
+    #[inline(always)]
+    fn lookup(table: Self::Bytes, indices: Self::Bytes) -> Self::Bytes {
+        unsafe { vqtbl1q_u8(table, indices) }
+    }
+
+    #[inline(always)]
+    fn having(bytes: Self::Bytes, bit: u8) -> Self::Mask {
+        unsafe { vtstq_u8(bytes, vdupq_n_u8(bit)) }
+    }
+
+    #[inline(always)]
+    fn complement(bytes: Self::Bytes, mask: Self::Mask) -> Self::Bytes {
+        unsafe { veorq_u8(bytes, mask) }
+    }
+
+    #[inline(always)]
+    fn add([all, odd, high]: [Self::Bytes; 3], low: Self::Bytes, more: Self::Bytes) -> [Self::Bytes; 3] {
+        unsafe {
+            let words = vreinterpretq_u16_u8(low);
+            [
+                vreinterpretq_u8_u16(vaddq_u16(vreinterpretq_u16_u8(all), words)),
+                vreinterpretq_u8_u16(vsraq_n_u16::<8>(vreinterpretq_u16_u8(odd), words)),
+                vaddq_u8(high, more),
+            ]
+        }
     }
 }
 

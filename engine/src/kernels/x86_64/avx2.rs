@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::kernels::attention::FloatLanes;
+use crate::kernels::lookup::LookupLanes;
 use crate::kernels::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS};
 use crate::kernels::{Isa, kernel_table};
 use crate::ternary::interleaved::Packing;
@@ -180,6 +181,69 @@ impl DotLanes for Avx2 {
     #[inline(always)]
     fn prefetch(address: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+// SAFETY (of every block below): as above; `part` is below `PARTS`, so that a load stays inside the block.
+impl LookupLanes for Avx2 {
+    type Bytes = __m256i;
+    type Mask = __m256i;
+    const PARTS: usize = 2;
+    const GROUPS: usize = 2;
+
+    #[inline(always)]
+    fn no_bytes() -> Self::Bytes {
+        unsafe { _mm256_setzero_si256() }
+    }
+
+    #[inline(always)]
+    fn load_bytes(block: &[u8; BLOCK_BYTES], part: usize) -> Self::Bytes {
+        debug_assert!(part < Self::PARTS);
+        unsafe { _mm256_loadu_si256(block.as_ptr().add(32 * part).cast()) }
+    }
+
+    #[inline(always)]
+    fn store_bytes(bytes: Self::Bytes, line: &mut Line) {
+        unsafe { _mm256_store_si256(line.0.as_mut_ptr().cast(), bytes) }
+    }
+
+    #[inline(always)]
+    fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm256_and_si256(bytes, _mm256_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), _mm256_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    fn lookup(table: Self::Bytes, indices: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm256_shuffle_epi8(table, indices) }
+    }
+
+    #[inline(always)]
+    fn having(bytes: Self::Bytes, bit: u8) -> Self::Mask {
+        unsafe {
+            let bit = _mm256_set1_epi8(bit as i8);
+            _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit)
+        }
+    }
+
+    #[inline(always)]
+    fn complement(bytes: Self::Bytes, mask: Self::Mask) -> Self::Bytes {
+        unsafe { _mm256_xor_si256(bytes, mask) }
+    }
+
+    #[inline(always)]
+    fn add([all, odd, high]: [Self::Bytes; 3], low: Self::Bytes, more: Self::Bytes) -> [Self::Bytes; 3] {
+        unsafe {
+            [
+                _mm256_add_epi16(all, low),
+                _mm256_add_epi16(odd, _mm256_srli_epi16::<8>(low)),
+                _mm256_add_epi8(high, more),
+            ]
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use crate::kernels::attention::FloatLanes;
+use crate::kernels::lookup::LookupLanes;
 use crate::kernels::ternary_tile::{BLOCK_BYTES, DotLanes, Line, ROWS};
 use crate::kernels::{Isa, kernel_table};
 use crate::ternary::interleaved::Packing;
@@ -127,6 +128,65 @@ impl DotLanes for Avx512Vnni {
     #[inline(always)]
     fn prefetch(address: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+}
+
+// SAFETY (of every block below): as above.
+impl LookupLanes for Avx512Vnni {
+    type Bytes = __m512i;
+    type Mask = __mmask64;
+    const PARTS: usize = 1;
+    const GROUPS: usize = 4;
+
+    #[inline(always)]
+    fn no_bytes() -> Self::Bytes {
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    fn load_bytes(block: &[u8; BLOCK_BYTES], _: usize) -> Self::Bytes {
+        unsafe { _mm512_loadu_si512(block.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn store_bytes(bytes: Self::Bytes, line: &mut Line) {
+        unsafe { _mm512_store_si512(line.0.as_mut_ptr().cast(), bytes) }
+    }
+
+    #[inline(always)]
+    fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm512_and_si512(bytes, _mm512_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), _mm512_set1_epi8(15)) }
+    }
+
+    #[inline(always)]
+    fn lookup(table: Self::Bytes, indices: Self::Bytes) -> Self::Bytes {
+        unsafe { _mm512_shuffle_epi8(table, indices) }
+    }
+
+    #[inline(always)]
+    fn having(bytes: Self::Bytes, bit: u8) -> Self::Mask {
+        unsafe { _mm512_test_epi8_mask(bytes, _mm512_set1_epi8(bit as i8)) }
+    }
+
+    #[inline(always)]
+    fn complement(bytes: Self::Bytes, mask: Self::Mask) -> Self::Bytes {
+        unsafe { _mm512_mask_sub_epi8(bytes, mask, _mm512_set1_epi8(-1), bytes) }
+    }
+
+    #[inline(always)]
+    fn add([all, odd, high]: [Self::Bytes; 3], low: Self::Bytes, more: Self::Bytes) -> [Self::Bytes; 3] {
+        unsafe {
+            [
+                _mm512_add_epi16(all, low),
+                _mm512_add_epi16(odd, _mm512_srli_epi16::<8>(low)),
+                _mm512_add_epi8(high, more),
+            ]
+        }
     }
 }
 
