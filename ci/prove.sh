@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Holds the suite against both zoos, then deletes each check in turn: without it the proof must fail. Puts the kill matrix on the page of
 # the report in target/conformance, where ci/gate.sh has left one.
-# Usage: ci/prove.sh [--claims]    (without the cells of the matrix that decide nothing)
 # CONFORMANCE may name a binary that is built already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +16,7 @@ conformance() {
 }
 rm -f "$proof"
 code=0
-conformance prove --json "$proof" "$@" || code=$?
+conformance prove --json "$proof" || code=$?
 if [ -e "$proof" ] && [ -e "$out/report.json" ]; then
     conformance report "$out/report.json" --html "$out/report.html" --proof "$proof"
 fi

@@ -23,17 +23,13 @@ pub(super) struct ProveArgs {
     #[arg(long, value_name = "CHECK")]
     without: Vec<String>,
     /// Try each fault on the check that is there for it and on no other: a minute, and no word on checks that are spare.
-    #[arg(long, conflicts_with = "claims")]
-    killers: bool,
-    /// Leave out the cells of the kill matrix that decide nothing: those of a fault that the check which is there for it and
-    /// another one have caught.
     #[arg(long)]
-    claims: bool,
+    killers: bool,
     /// Write the proof as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Take the proof from a file instead of running it.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["backend", "check", "killers", "claims"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["backend", "check", "killers"])]
     recorded: Option<PathBuf>,
     /// List the checks and probes of the proof, one a line, and do nothing else.
     #[arg(long)]
@@ -54,11 +50,7 @@ pub(super) fn prove(registry: &Registry, args: ProveArgs) -> Result<ExitCode, Fa
             let jobs =
                 args.jobs.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
             let (backends, checks, without) = (args.backend, args.check, args.without);
-            let depth = match (args.killers, args.claims) {
-                (true, _) => Depth::Killers,
-                (false, true) => Depth::Claims,
-                (false, false) => Depth::Matrix,
-            };
+            let depth = if args.killers { Depth::Killers } else { Depth::Matrix };
             let choice = Choice { backends, checks, without, depth };
             let runner = Runner::new()?.ending_at_first_failure();
             let bar = progress_bar(1);

@@ -4,15 +4,13 @@ use crate::verdict::Verdict;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// How much of the kill matrix a proof fills. All that it claims is decided by [`Depth::Claims`] as by [`Depth::Matrix`].
+/// How much of the kill matrix a proof fills.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Depth {
     /// Every cell but the long ones of faults that two checks have caught.
     #[default]
     Matrix,
-    /// No further cell of a fault that the check which is there for it and another one have caught: nothing depends on it.
-    Claims,
     /// The cell of each fault with the check that is there for it: no word on checks that are spare.
     Killers,
 }

@@ -3,8 +3,7 @@
 //! A fault is tried on each check until it is caught there: model after model, each case up to its first failed assertion.
 //! Checks of time and memory take seconds, so only faults of time and memory are tried on them. The check that is there for
 //! a fault comes first and long ones last, and a fault that two have caught is spared what is long: it is no check's own
-//! whatever they say. A proof of the claims alone spares it everything else as well. Honest backends run everything, the
-//! plainest ones on more models, those with 16-bit floats on all golden ones, and are judged as any backend is.
+//! whatever they say. Honest backends run everything, the plainest ones on more models, those with 16-bit floats on all golden ones, and are judged as any backend is.
 //! Nothing runs alone: a check that needed an idle machine would blame busy ones.
 
 use super::proof::{Depth, FaultRow, HonestRow, Proof};
@@ -177,9 +176,7 @@ pub fn run(
     let shared = Mutex::new(&mut proof);
     let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
     let spared = |task: &Task| match task.of {
-        Of::Fault(i) if task.check.long || choice.depth == Depth::Claims => {
-            !killer(task) && lock().faults[i].kills.len() > 1
-        }
+        Of::Fault(i) if task.check.long => !killer(task) && lock().faults[i].kills.len() > 1,
         _ => false,
     };
     let one = |task: &Task| {

@@ -2,11 +2,16 @@
 #![no_main]
 
 use std::path::Path;
+use std::sync::Once;
 
 use bitnet_engine::model::Tokenizer;
 use bitnet_engine_fuzz::bounded;
 
+/// libFuzzer's hook ends the process at any panic; the reader catches those of its crate. What escapes still ends the process.
+static CAUGHT: Once = Once::new();
+
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    CAUGHT.call_once(|| std::panic::set_hook(Box::new(|_| ())));
     // JSON has no zero byte.
     let end = data.iter().position(|&b| b == 0).unwrap_or(data.len());
     let (json, text) = data.split_at(end);

@@ -9,7 +9,7 @@ use super::layer::{Layer, LayerParts};
 use super::rope::Rope;
 use super::transformer::Transformer;
 use crate::kernels::{HeadScreen, Kernels, Threads};
-use crate::model::{Checkpoint, FloatTable, Found, ModelDescription, PackedFile, PackedKey, PackedWeights};
+use crate::model::{Checkpoint, FloatTable, Found, ModelDescription, PackedFile, PackedKey, PackedWeights, Part};
 use crate::ternary::interleaved::{Packer, TritSource};
 
 /// How a model is loaded.
@@ -117,25 +117,16 @@ fn tables(
 }
 
 /// The linear layers of layer `n`, `(name, rows, columns)`, in the order in which they are read.
-fn linears(d: &ModelDescription, n: usize) -> [(String, usize, usize); 7] {
-    let (h, f, kv) = (d.hidden_size, d.intermediate_size, d.kv_size());
-    [
-        ("self_attn.q_proj", h, h),
-        ("self_attn.k_proj", kv, h),
-        ("self_attn.v_proj", kv, h),
-        ("self_attn.o_proj", h, h),
-        ("mlp.gate_proj", f, h),
-        ("mlp.up_proj", f, h),
-        ("mlp.down_proj", h, f),
-    ]
-    .map(|(part, rows, columns)| (format!("model.layers.{n}.{part}"), rows, columns))
+fn linears(d: &ModelDescription, n: usize) -> Vec<(String, usize, usize)> {
+    let linear =
+        |part| if let Part::Ternary { name, rows, columns } = part { Some((name, rows, columns)) } else { None };
+    d.layer_parts(n).into_iter().filter_map(linear).collect()
 }
 
-/// The norms of layer `n`, `(name, length)`.
-fn norms(d: &ModelDescription, n: usize) -> [(String, usize); 4] {
-    let (h, f) = (d.hidden_size, d.intermediate_size);
-    [("input_layernorm", h), ("self_attn.attn_sub_norm", h), ("post_attention_layernorm", h), ("mlp.ffn_sub_norm", f)]
-        .map(|(part, len)| (format!("model.layers.{n}.{part}.weight"), len))
+/// The norms of layer `n`, `(name, length)`, in the order in which they are read.
+fn norms(d: &ModelDescription, n: usize) -> Vec<(String, usize)> {
+    let norm = |part| if let Part::Vector { name, len } = part { Some((name, len)) } else { None };
+    d.layer_parts(n).into_iter().filter_map(norm).collect()
 }
 
 /// Packs the checkpoint's weights.
@@ -160,8 +151,8 @@ fn pack_layer(checkpoint: &Checkpoint, kernels: &Kernels, threads: &Threads, n: 
         packer.add(&source, threads)?;
         checkpoint.release(&format!("{name}.weight"));
     }
-    let norms = norms(checkpoint.description(), n).map(|(name, len)| checkpoint.vector(&name, len));
-    layer(packer.finish(), norms.into_iter().collect::<Result<_>>()?)
+    let norms = norms(checkpoint.description(), n).into_iter().map(|(name, len)| checkpoint.vector(&name, len));
+    layer(packer.finish(), norms.collect::<Result<_>>()?)
 }
 
 /// Puts the parts, in the order of [`linears`] and [`norms`], in their places.

@@ -15,7 +15,7 @@ use std::io::Write;
 use std::path::Path;
 use std::sync::Mutex;
 
-use bitnet_contracts::Result;
+use bitnet_contracts::{ConfigurationError, InferenceError, Result};
 use serde::{Deserialize, Serialize};
 
 use super::aside;
@@ -45,23 +45,37 @@ pub enum PackedWeights {
 }
 
 impl PackedWeights {
-    /// All, by name.
-    const ALL: [(&'static str, PackedWeights); 3] =
-        [("never", PackedWeights::Never), ("use", PackedWeights::Use), ("keep", PackedWeights::Keep)];
+    /// All choices.
+    pub const ALL: [PackedWeights; 3] = [PackedWeights::Never, PackedWeights::Use, PackedWeights::Keep];
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            PackedWeights::Never => "never",
+            PackedWeights::Use => "use",
+            PackedWeights::Keep => "keep",
+        }
+    }
 }
 
 impl std::fmt::Display for PackedWeights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(Self::ALL.iter().find(|(_, value)| value == self).map_or("", |(name, _)| name))
+        f.write_str(self.name())
     }
 }
 
 impl std::str::FromStr for PackedWeights {
-    type Err = String;
+    type Err = InferenceError;
 
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let named = Self::ALL.iter().find(|(name, _)| *name == text);
-        named.map(|(_, value)| *value).ok_or_else(|| "expected never, use or keep".to_string())
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|value| value.name() == name).ok_or_else(|| {
+            ConfigurationError::InvalidParameter {
+                parameter: "packed".to_string(),
+                value: name.to_string(),
+                valid_range: Self::ALL.map(Self::name).join(", "),
+            }
+            .into()
+        })
     }
 }
 

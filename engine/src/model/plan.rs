@@ -48,30 +48,34 @@ impl Part {
 impl ModelDescription {
     /// All tensors of a model of this description.
     pub fn parts(&self) -> Vec<Part> {
-        let (v, h, f, kv) = (self.vocab_size, self.hidden_size, self.intermediate_size, self.kv_size());
+        let (v, h) = (self.vocab_size, self.hidden_size);
         let floats = |name: &str| Part::Floats { name: name.to_string(), rows: v, columns: h };
         let mut parts = vec![floats("model.embed_tokens.weight")];
         if !self.tie_word_embeddings {
             parts.push(floats("lm_head.weight"));
         }
         parts.push(Part::Vector { name: "model.norm.weight".to_string(), len: h });
-        for layer in 0..self.num_layers {
-            parts.extend(LAYER_PARTS.iter().map(|&(part, _, ternary)| {
-                let name = format!("model.layers.{layer}.{part}");
-                let (rows, columns) = match part {
-                    "self_attn.k_proj" | "self_attn.v_proj" => (kv, h),
-                    "mlp.gate_proj" | "mlp.up_proj" => (f, h),
-                    "mlp.down_proj" => (h, f),
-                    _ => (h, h),
-                };
-                match (ternary, part) {
-                    (true, _) => Part::Ternary { name, rows, columns },
-                    (false, "mlp.ffn_sub_norm") => Part::Vector { name: format!("{name}.weight"), len: f },
-                    (false, _) => Part::Vector { name: format!("{name}.weight"), len: h },
-                }
-            }));
-        }
+        (0..self.num_layers).for_each(|layer| parts.extend(self.layer_parts(layer)));
         parts
+    }
+
+    /// The tensors of one layer, in the order in which a pass meets them.
+    pub fn layer_parts(&self, layer: usize) -> [Part; 11] {
+        let (h, f, kv) = (self.hidden_size, self.intermediate_size, self.kv_size());
+        LAYER_PARTS.map(|(part, _, ternary)| {
+            let name = format!("model.layers.{layer}.{part}");
+            let (rows, columns) = match part {
+                "self_attn.k_proj" | "self_attn.v_proj" => (kv, h),
+                "mlp.gate_proj" | "mlp.up_proj" => (f, h),
+                "mlp.down_proj" => (h, f),
+                _ => (h, h),
+            };
+            match (ternary, part) {
+                (true, _) => Part::Ternary { name, rows, columns },
+                (false, "mlp.ffn_sub_norm") => Part::Vector { name: format!("{name}.weight"), len: f },
+                (false, _) => Part::Vector { name: format!("{name}.weight"), len: h },
+            }
+        })
     }
 }
 

@@ -1,20 +1,22 @@
 //! The tokenizer of a checkpoint (`tokenizer.json`, which the keys of a GGUF file are turned into), by the `tokenizers` crate.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use bitnet_contracts::{ModelError, Result, TokenizationError};
-use serde::Deserialize;
-
-/// The one part of a tokenizer.json that is read here first.
-#[derive(Deserialize)]
-struct Decoder {
-    #[serde(rename = "decoder")]
-    _value: Option<serde_json::Value>,
-}
 
 /// Text to token ids and back.
 #[derive(Debug, Clone)]
 pub struct Tokenizer(tokenizers::Tokenizer);
+
+/// Calls the crate, which panics on some malformed tokenizers, when it reads them or only when it uses them. What it keeps between calls
+/// is behind locks, and nothing of a call that panicked is used.
+fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(outcome) => outcome.map_err(|e| e.to_string()),
+        Err(_) => Err("malformed: the tokenizers crate panicked".to_string()),
+    }
+}
 
 impl Tokenizer {
     /// Reads a tokenizer.json; `path` is for the error.
@@ -22,10 +24,9 @@ impl Tokenizer {
     /// # Errors
     /// `ModelError::LoadingFailed`.
     pub fn from_json(json: &[u8], path: &Path) -> Result<Self> {
-        let refuse = |reason: String| ModelError::LoadingFailed { path: path.display().to_string(), reason };
-        // The crate panics on a decoder that is no JSON value (broken, too deep, a number out of range), so it sees none.
-        serde_json::from_slice::<Decoder>(json).map_err(|e| refuse(e.to_string()))?;
-        tokenizers::Tokenizer::from_bytes(json).map(Self).map_err(|e| refuse(e.to_string()).into())
+        guarded(|| tokenizers::Tokenizer::from_bytes(json))
+            .map(Self)
+            .map_err(|reason| ModelError::LoadingFailed { path: path.display().to_string(), reason }.into())
     }
 
     /// The ids of `text`, with the special tokens that the tokenizer's post-processor adds (such as a begin-of-text).
@@ -33,8 +34,8 @@ impl Tokenizer {
     /// # Errors
     /// `TokenizationError::EncodingFailed`.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.0.encode_fast(text, true).map_err(|e| TokenizationError::EncodingFailed { reason: e.to_string() })?;
+        let encoding = guarded(|| self.0.encode_fast(text, true))
+            .map_err(|reason| TokenizationError::EncodingFailed { reason })?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -43,7 +44,7 @@ impl Tokenizer {
     /// # Errors
     /// `TokenizationError::DecodingFailed`.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.0.decode(ids, true).map_err(|e| TokenizationError::DecodingFailed { reason: e.to_string() }.into())
+        guarded(|| self.0.decode(ids, true)).map_err(|reason| TokenizationError::DecodingFailed { reason }.into())
     }
 
     /// The token of an id, if there is one.
@@ -61,7 +62,7 @@ impl Tokenizer {
     /// A decoder that takes one id at a time and gives text as soon as it is whole characters.
     pub fn stream(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
         let mut stream = self.0.decode_stream(true);
-        move |id| stream.step(id).map_err(|e| TokenizationError::DecodingFailed { reason: e.to_string() }.into())
+        move |id| guarded(|| stream.step(id)).map_err(|reason| TokenizationError::DecodingFailed { reason }.into())
     }
 }
 
@@ -70,9 +71,9 @@ mod tests {
     use super::*;
     use bitnet_contracts::InferenceError;
 
-    /// Found by the fuzz target `tokenizer`: a broken decoder made the crate panic.
+    /// Found by the fuzz target `tokenizer` (a broken decoder) and in the crate's source (a broken normalizer): it panics.
     #[test]
-    fn what_is_no_json_is_an_error_wherever_it_breaks() {
+    fn what_is_malformed_is_an_error_wherever_it_breaks() {
         let whole = r#"{"version": "1.0", "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true,
             "use_regex": true}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
         Tokenizer::from_json(whole.as_bytes(), Path::new("t.json")).expect("nothing is wrong with it");
@@ -80,12 +81,31 @@ mod tests {
         let broken =
             [r#""type"* "ByteLevel""#, r#""type": 1e999"#, r#""type": "\ud800""#, &format!(r#""type": {deep}"#)]
                 .map(|wrong| whole.replacen(r#""type": "ByteLevel""#, wrong, 1));
-        for json in (0..whole.len()).map(|end| &whole[..end]).chain(broken.iter().map(String::as_str)) {
+        let normalizer = whole.replacen(
+            r#""decoder""#,
+            r#""normalizer": {"type": "Precompiled", "precompiled_charsmap": 7}, "decoder""#,
+            1,
+        );
+        let broken = broken.iter().chain([&normalizer]).map(String::as_str);
+        for json in (0..whole.len()).map(|end| &whole[..end]).chain(broken) {
             let error = Tokenizer::from_json(json.as_bytes(), Path::new("t.json")).map(|_| ()).unwrap_err();
             assert!(
                 matches!(&error, InferenceError::Model(ModelError::LoadingFailed { path, .. }) if path == "t.json"),
                 "{error}"
             );
         }
+    }
+
+    /// Found by the same target: a template that names a special token which it does not define.
+    #[test]
+    fn what_shows_only_in_use_is_an_error_there() {
+        let json = r#"{"version": "1.0", "post_processor": {"type": "TemplateProcessing", "single":
+            [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<t>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+            "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
+        let tokenizer = Tokenizer::from_json(json.as_bytes(), Path::new("t.json")).expect("the crate takes it");
+        let error = tokenizer.encode("a").unwrap_err();
+        assert!(matches!(error, InferenceError::Tokenization(TokenizationError::EncodingFailed { .. })), "{error}");
     }
 }

@@ -12,8 +12,6 @@ pub(super) struct Matrix<'a> {
     whole: bool,
     /// What was tried, where that is not everything.
     part: String,
-    /// The cells that decide nothing were left out.
-    claims: bool,
     faults: usize,
     checks: usize,
     honest_backends: usize,
@@ -96,7 +94,6 @@ pub(super) fn matrix(proof: &Proof) -> Matrix<'_> {
         good: proof.is_good(),
         whole: proof.is_whole(),
         part: part(proof),
-        claims: proof.depth == Depth::Claims,
         faults: proof.faults.len(),
         checks: proof.checks.len(),
         honest_backends: proof.honest.len(),
