@@ -80,7 +80,7 @@ fn failures_keep_what_was_expected_and_seen() -> TestResult {
     ensure(texts[0] == "sum = 3 | sum = 2", &texts)?;
     ensure(texts[1].contains("worst at [1] (2.5 for 2.0)") && texts[1].contains("2.5e-1"), &texts)?;
     ensure(texts[2].contains("0x80000000") && texts[2].contains("0x00000000"), &texts)?;
-    ensure(outcome.failures.iter().all(|f| f.at.contains("framework.rs:")), &outcome)?;
+    ensure(outcome.failures.iter().all(|f| f.at.contains("framework/misbehaving.rs:")), &outcome)?;
     let outcome = run("fails_hard")?.outcome;
     ensure(outcome.verdict == Verdict::Fail && outcome.assertions == 1, &outcome)?;
     let outcome = run("fails_much")?.outcome;
@@ -104,7 +104,7 @@ fn a_panic_is_that_cases_crash_and_the_worker_goes_on() -> TestResult {
     let outcome = run_in(&runner, "oracle/tiny/errors/panics@TST-1")?.outcome;
     let reason = outcome.reason.clone().unwrap_or_default();
     ensure(outcome.verdict == Verdict::Crash && outcome.assertions == 1, &outcome)?;
-    ensure(reason.contains("the reason of the panic") && reason.contains("framework.rs:"), &reason)?;
+    ensure(reason.contains("the reason of the panic") && reason.contains("framework/misbehaving.rs:"), &reason)?;
     let next = run_in(&runner, "oracle/tiny/errors/passes@TST-1")?.outcome;
     ensure(next.verdict == Verdict::Pass, &next)
 }
