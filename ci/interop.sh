@@ -17,3 +17,4 @@ if [ -z "$python" ]; then
 fi
 "$python" ci/interop/gguf_package.py "$BITNET" fixtures/models/tiny
 "$python" ci/interop/upstream.py "$BITNET" fixtures/models/tiny
+"$python" ci/interop/hf_folder.py "$BITNET" fixtures/models/tiny fixtures/models/c09-h512-gguf
