@@ -96,6 +96,9 @@ impl Checkpoint {
 
     fn hugging_face(checkpoint: HfCheckpoint, path: &Path) -> Result<Self> {
         let tokenizer = checkpoint.tokenizer_json().map(|json| Tokenizer::from_json(json, path)).transpose()?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.expect_below(checkpoint.description().vocab_size, path)?;
+        }
         Ok(Self { format: Format::HuggingFace(checkpoint), tokenizer })
     }
 

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
-use bitnet_contracts::{ConfigurationError, ModelConfig, ModelError, QuantizationType, Result};
+use bitnet_contracts::{ConfigurationError, InferenceError, ModelConfig, ModelError, QuantizationType, Result};
 use serde::Deserialize;
+
+use super::in_file::in_file;
 
 /// What `weight_scale` means in a packed checkpoint (`quantization_config.linear_class`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +132,7 @@ struct Quantization {
     linear_class: Option<String>,
 }
 
-fn invalid(parameter: &str, value: impl ToString, valid_range: &str) -> bitnet_contracts::InferenceError {
+fn invalid(parameter: &str, value: impl ToString, valid_range: &str) -> InferenceError {
     ConfigurationError::InvalidParameter {
         parameter: parameter.to_string(),
         value: value.to_string(),
@@ -143,6 +145,24 @@ fn required<T>(value: Option<T>, parameter: &str) -> Result<T> {
     value.ok_or_else(|| ConfigurationError::MissingParameter { parameter: parameter.to_string() }.into())
 }
 
+/// The key whose value is of the wrong type, which the error of the JSON reader does not tell.
+fn wrong_key(json: &[u8]) -> Option<String> {
+    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(json).ok()?;
+    keys.into_iter()
+        .map(|(key, value)| (key.clone(), serde_json::json!({ key: value })))
+        .find_map(|(key, alone)| serde_json::from_value::<Config>(alone).is_err().then_some(key))
+}
+
+/// The contracts check a configuration under a name of their own; the file has another.
+fn in_words_of_the_file(mut error: InferenceError) -> InferenceError {
+    if let InferenceError::Configuration(ConfigurationError::InvalidParameter { parameter, .. }) = &mut error
+        && parameter == "num_layers"
+    {
+        *parameter = "num_hidden_layers".to_string();
+    }
+    error
+}
+
 impl ModelDescription {
     /// Reads and checks a config.json. `path` is for error messages; its folder's name becomes the model's when the file has none.
     ///
@@ -151,9 +171,16 @@ impl ModelDescription {
     /// or a model that is not BitNet b1.58 as published.
     pub fn from_json(json: &[u8], path: &Path) -> Result<Self> {
         let config: Config = serde_json::from_slice(json).map_err(|e| ModelError::InvalidFormat {
-            format: format!("{}: {e}", path.display()),
+            format: match wrong_key(json) {
+                Some(key) => format!("{}: {key}: {e}", path.display()),
+                None => format!("{}: {e}", path.display()),
+            },
             expected: "config.json of a BitNet b1.58 checkpoint".to_string(),
         })?;
+        Self::from_config(config, path).map_err(|error| in_file(path, in_words_of_the_file(error)))
+    }
+
+    fn from_config(config: Config, path: &Path) -> Result<Self> {
         config.refuse_other_architectures()?;
         let rope_theta = config.rope_theta()?;
         let description = Self {
@@ -343,6 +370,10 @@ mod tests {
     #[case("num_attention_heads", 3.into())]
     #[case("num_key_value_heads", 3.into())]
     #[case("num_key_value_heads", 0.into())]
+    #[case("num_hidden_layers", 0.into())]
+    #[case("num_hidden_layers", 10_001.into())]
+    #[case("num_hidden_layers", "many".into())]
+    #[case("eos_token_id", serde_json::json!([1, "x"]))]
     #[case("vocab_size", 2_000_000.into())]
     #[case("rope_theta", (-1.0).into())]
     #[case("rms_norm_eps", (-1.0).into())]
@@ -356,7 +387,17 @@ mod tests {
     #[case("quantization_config", serde_json::json!({"quant_method": "gptq"}))]
     #[case("quantization_config", serde_json::json!({"linear_class": "other"}))]
     fn impossible_values_are_refused(#[case] key: &str, #[case] value: serde_json::Value) {
-        assert!(with(&[(key, value)]).is_err());
+        let error = with(&[(key, value)]).unwrap_err().to_string();
+        // Of a key in a key the last is the telling one.
+        let key = key.split('.').next_back().unwrap_or(key);
+        assert!(error.contains("folder/config.json") && error.contains(key), "{error}");
+    }
+
+    #[test]
+    fn a_key_twice_is_an_error() {
+        let twice = BASE.replacen("{", r#"{"hidden_size": 32, "#, 1);
+        let error = ModelDescription::from_json(twice.as_bytes(), Path::new("c")).unwrap_err().to_string();
+        assert!(error.contains("hidden_size"), "{error}");
     }
 
     #[test]

@@ -14,8 +14,10 @@ use serde::Deserialize;
 use super::TensorSummary;
 use super::description::{ModelDescription, WeightScale};
 use super::gguf::TensorType;
+use super::in_file::{in_file, named};
 use super::mapped_file::{FilePart, loading_failed, open_regular};
 use super::safetensors_file::SafetensorsFile;
+use super::shard_index::{ShardIndex, refused};
 use super::weights::{FloatMatrix, FloatValues, TernarySource, TernaryTensor};
 use crate::ternary::{HfPacked, usable_scale};
 
@@ -30,6 +32,8 @@ pub(super) struct HfCheckpoint {
     tokenizer_json: Option<Vec<u8>>,
     chat_template: Option<String>,
     files: Vec<SafetensorsFile>,
+    /// What says which tensors there are: the index of several files, else the one file.
+    table: PathBuf,
     tensors: BTreeMap<String, Place>,
 }
 
@@ -45,12 +49,6 @@ struct Place {
 #[derive(Deserialize)]
 struct TokenizerConfig {
     chat_template: Option<serde_json::Value>,
-}
-
-/// model.safetensors.index.json
-#[derive(Deserialize)]
-struct ShardIndex {
-    weight_map: BTreeMap<String, String>,
 }
 
 impl HfCheckpoint {
@@ -82,16 +80,17 @@ impl HfCheckpoint {
         let description = ModelDescription::from_json(&read_bounded(&config, MAX_JSON_BYTES)?, &config)?;
         let tokenizer_path = folder.join("tokenizer.json");
         let tokenizer =
-            if tokenizer_path.exists() { Some(read_bounded(&tokenizer_path, MAX_TOKENIZER_BYTES)?) } else { None };
+            if is_there(&tokenizer_path) { Some(read_bounded(&tokenizer_path, MAX_TOKENIZER_BYTES)?) } else { None };
         let chat_template = chat_template(folder)?;
         let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
-        if !single.exists() && index.exists() {
-            let (files, map) = open_shards(folder, &index)?;
-            Self::assemble(description, tokenizer, chat_template, files, Some((index, map)))
-        } else {
-            Self::assemble(description, tokenizer, chat_template, vec![SafetensorsFile::open(&single)?], None)
+        let index_path = folder.join("model.safetensors.index.json");
+        if is_there(&single) || !is_there(&index_path) {
+            return Self::assemble(description, tokenizer, chat_template, vec![SafetensorsFile::open(&single)?], None);
         }
+        let index = ShardIndex::from_json(&read_bounded(&index_path, MAX_JSON_BYTES)?, &index_path)?;
+        let files = index.shards.iter().map(|shard| SafetensorsFile::open(&folder.join(shard)));
+        let files = files.collect::<Result<_>>()?;
+        Self::assemble(description, tokenizer, chat_template, files, Some((index_path, index)))
     }
 
     fn assemble(
@@ -99,32 +98,26 @@ impl HfCheckpoint {
         tokenizer_json: Option<Vec<u8>>,
         chat_template: Option<String>,
         files: Vec<SafetensorsFile>,
-        index: Option<(PathBuf, BTreeMap<String, usize>)>,
+        index: Option<(PathBuf, ShardIndex)>,
     ) -> Result<Self> {
         let mut tensors = BTreeMap::new();
         for (number, file) in files.iter().enumerate() {
-            for (name, info) in file.metadata.tensors() {
+            for entry in file.tensors() {
                 let place =
-                    Place { file: number, dtype: info.dtype, shape: info.shape.clone(), offsets: info.data_offsets };
-                if tensors.insert(name.clone(), place).is_some() {
-                    return Err(ModelError::ValidationFailed {
-                        reason: format!("{}: tensor {name} is in two shards", file.path().display()),
-                    }
-                    .into());
+                    Place { file: number, dtype: entry.dtype, shape: entry.shape.clone(), offsets: entry.offsets };
+                if tensors.insert(entry.name.clone(), place).is_some() {
+                    return Err(refused(file.path(), &format!("tensor {} is in two shards", entry.name)));
                 }
             }
         }
-        if let Some((path, map)) = index {
-            for (name, file) in map {
-                if tensors.get(&name).map(|place: &Place| place.file) != Some(file) {
-                    return Err(ModelError::ValidationFailed {
-                        reason: format!("{}: tensor {name} is not in the shard that the index names", path.display()),
-                    }
-                    .into());
-                }
+        let table = match index {
+            Some((path, index)) => {
+                agree(&path, &index, &files, &tensors)?;
+                path
             }
-        }
-        Ok(Self { description, tokenizer_json, chat_template, files, tensors })
+            None => files.first().map(|file| file.path().to_path_buf()).unwrap_or_default(),
+        };
+        Ok(Self { description, tokenizer_json, chat_template, files, table, tensors })
     }
 
     /// The model's description.
@@ -182,15 +175,23 @@ impl HfCheckpoint {
             let values = self.floats(&weight, &[rows, columns])?;
             return Ok(TernaryTensor::from_master(weight, values));
         }
-        expect_shape(&weight, place, &[rows / 4, columns])?;
+        self.expect_shape(&weight, place, &[rows / 4, columns])?;
+        // Its rows are unpacked later, and name what they find wrong by this.
+        let weight = named(self.path(place), &weight);
         let packed = HfPacked::new(&weight, self.bytes(place)?, rows, columns)?;
-        let scale_name = format!("{name}.weight_scale");
-        let stored = usable_scale(&scale_name, self.scalar(&scale_name)?)?;
-        let scale = match self.description.weight_scale {
-            WeightScale::Multiply => stored,
-            WeightScale::Divide => usable_scale(&scale_name, 1.0 / stored)?,
-        };
+        let scale = self.weight_scale(&format!("{name}.weight_scale"))?;
         Ok(TernaryTensor { name: weight, rows, columns, scale, source: TernarySource::Packed(Box::new(packed)) })
+    }
+
+    /// The dense value of trit 1, of the scale tensor `name`.
+    fn weight_scale(&self, name: &str) -> Result<f32> {
+        let stored = self.scalar(name)?;
+        let usable = usable_scale(name, stored).and_then(|scale| match self.description.weight_scale {
+            WeightScale::Multiply => Ok(scale),
+            WeightScale::Divide => usable_scale(name, 1.0 / scale),
+        });
+        let path = self.path(self.place(name)?);
+        usable.map_err(|error| in_file(path, error))
     }
 
     /// Lets the system drop the pages of some bytes of a tensor.
@@ -203,7 +204,23 @@ impl HfCheckpoint {
     }
 
     fn place(&self, name: &str) -> Result<&Place> {
-        self.tensors.get(name).ok_or_else(|| invalid(name, "missing"))
+        self.tensors.get(name).ok_or_else(|| invalid(&self.table, name, "missing"))
+    }
+
+    fn path(&self, place: &Place) -> &Path {
+        self.files[place.file].path()
+    }
+
+    fn expect_shape(&self, name: &str, place: &Place, shape: &[usize]) -> Result<()> {
+        if place.shape == shape {
+            return Ok(());
+        }
+        let what = format!("of shape {:?} ({:?}), expected {shape:?} by config.json", place.shape, place.dtype);
+        Err(invalid(self.path(place), name, &what))
+    }
+
+    fn no_floats(&self, name: &str, place: &Place) -> InferenceError {
+        invalid(self.path(place), name, &format!("of type {:?}, expected BF16, F16 or F32", place.dtype))
     }
 
     fn bytes(&self, place: &Place) -> Result<&[u8]> {
@@ -212,18 +229,19 @@ impl HfCheckpoint {
 
     /// The type of a float tensor.
     pub(super) fn stored_type(&self, name: &str) -> Result<TensorType> {
-        match self.place(name)?.dtype {
+        let place = self.place(name)?;
+        match place.dtype {
             Dtype::BF16 => Ok(TensorType::Bf16),
             Dtype::F16 => Ok(TensorType::F16),
             Dtype::F32 => Ok(TensorType::F32),
-            other => Err(invalid(name, &format!("of type {other:?}, expected BF16, F16 or F32"))),
+            _ => Err(self.no_floats(name, place)),
         }
     }
 
     /// The bytes of a tensor of this shape.
     pub(super) fn stored_bytes(&self, name: &str, shape: &[usize]) -> Result<&[u8]> {
         let place = self.place(name)?;
-        expect_shape(name, place, shape)?;
+        self.expect_shape(name, place, shape)?;
         self.bytes(place)
     }
 
@@ -241,7 +259,7 @@ impl HfCheckpoint {
     /// The values of a float tensor, all finite.
     pub(super) fn floats(&self, name: &str, shape: &[usize]) -> Result<FloatMatrix> {
         let place = self.place(name)?;
-        expect_shape(name, place, shape)?;
+        self.expect_shape(name, place, shape)?;
         let bytes = self.bytes(place)?;
         let start = place.offsets.0;
         let read = |from: usize, to: usize| self.files[place.file].release((start + from, start + to));
@@ -249,29 +267,39 @@ impl HfCheckpoint {
             Dtype::BF16 => FloatValues::Bf16(collect(bytes, u16::from_le_bytes, &read)?),
             Dtype::F16 => FloatValues::F32(collect(bytes, |b| f16::from_le_bytes(b).to_f32(), &read)?),
             Dtype::F32 => FloatValues::F32(collect(bytes, f32::from_le_bytes, &read)?),
-            other => return Err(invalid(name, &format!("of type {other:?}, expected BF16, F16 or F32"))),
+            _ => return Err(self.no_floats(name, place)),
         };
         let finite = match &values {
             FloatValues::Bf16(v) => v.iter().all(|b| b & 0x7f80 != 0x7f80),
             FloatValues::F32(v) => v.iter().all(|x| x.is_finite()),
         };
         if !finite {
-            return Err(invalid(name, "not finite: it holds NaN or infinity"));
+            return Err(invalid(self.path(place), name, "not finite: it holds NaN or infinity"));
         }
         let columns = shape.last().copied().unwrap_or(1);
         Ok(FloatMatrix { rows: shape.iter().product::<usize>() / columns.max(1), columns, values })
     }
 }
 
-fn invalid(name: &str, what: &str) -> InferenceError {
-    ModelError::ValidationFailed { reason: format!("tensor {name} is {what}") }.into()
+fn invalid(path: &Path, name: &str, what: &str) -> InferenceError {
+    ModelError::ValidationFailed { reason: format!("{}: tensor {name} is {what}", path.display()) }.into()
 }
 
-fn expect_shape(name: &str, place: &Place, shape: &[usize]) -> Result<()> {
-    if place.shape == shape {
-        return Ok(());
+/// Index and shards name the same tensors, each in the same shard.
+fn agree(path: &Path, index: &ShardIndex, files: &[SafetensorsFile], tensors: &BTreeMap<String, Place>) -> Result<()> {
+    for (name, &file) in &index.tensors {
+        if tensors.get(name).map(|place| place.file) != Some(file) {
+            let shard = files[file].path().display();
+            return Err(refused(path, &format!("tensor {name} is not in the shard that the index names, {shard}")));
+        }
     }
-    Err(invalid(name, &format!("of shape {:?} ({:?}), expected {shape:?} by config.json", place.shape, place.dtype)))
+    for (name, place) in tensors {
+        if !index.tensors.contains_key(name) {
+            let shard = files[place.file].path().display();
+            return Err(refused(path, &format!("tensor {name}, which {shard} holds, is not in the index")));
+        }
+    }
+    Ok(())
 }
 
 /// Converts `N`-byte elements. The allocation is as large as the bytes that are really there. `read` is told of every large piece that
@@ -294,6 +322,11 @@ fn collect<const N: usize, T>(
     Ok(out)
 }
 
+/// Whether there is anything at `path`, be it a link that leads nowhere: that is an error, and no file that is not there.
+fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
 fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_regular(path)?.take(limit + 1).read_to_end(&mut bytes).map_err(|e| loading_failed(path, &e))?;
@@ -307,44 +340,13 @@ fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
 fn chat_template(folder: &Path) -> Result<Option<String>> {
     let not_text = |path: &Path| loading_failed(path, &"not UTF-8");
     let (file, config) = (folder.join("chat_template.jinja"), folder.join("tokenizer_config.json"));
-    if file.exists() {
+    if is_there(&file) {
         return String::from_utf8(read_bounded(&file, MAX_JSON_BYTES)?).map(Some).map_err(|_| not_text(&file));
     }
-    if !config.exists() {
+    if !is_there(&config) {
         return Ok(None);
     }
     // Nothing but the template depends on this file, so one that cannot be read is no reason to refuse the model.
     let parsed = serde_json::from_slice::<TokenizerConfig>(&read_bounded(&config, MAX_JSON_BYTES)?);
     Ok(parsed.ok().and_then(|config| config.chat_template?.as_str().map(str::to_string)))
-}
-
-/// Opens the shards that an index names, each once.
-fn open_shards(folder: &Path, index: &Path) -> Result<(Vec<SafetensorsFile>, BTreeMap<String, usize>)> {
-    let parsed: ShardIndex =
-        serde_json::from_slice(&read_bounded(index, MAX_JSON_BYTES)?).map_err(|e| ModelError::InvalidFormat {
-            format: format!("{}: {e}", index.display()),
-            expected: "a safetensors index with a weight_map".to_string(),
-        })?;
-    let mut files = Vec::new();
-    let mut numbers = BTreeMap::<String, usize>::new();
-    let mut map = BTreeMap::new();
-    for (tensor, shard) in parsed.weight_map {
-        let number = match numbers.get(&shard) {
-            Some(&number) => number,
-            None => {
-                // A shard lies beside its index: a name that leads elsewhere is no shard name.
-                if Path::new(&shard).file_name() != Some(shard.as_ref()) {
-                    return Err(ModelError::ValidationFailed {
-                        reason: format!("{}: shard {shard:?} is not a plain file name", index.display()),
-                    }
-                    .into());
-                }
-                files.push(SafetensorsFile::open(&folder.join(&shard))?);
-                numbers.insert(shard, files.len() - 1);
-                files.len() - 1
-            }
-        };
-        map.insert(tensor, number);
-    }
-    Ok((files, map))
 }

@@ -6,11 +6,15 @@ mod description;
 pub mod gguf;
 mod hf_folder;
 mod hf_write;
+mod in_file;
 #[allow(unsafe_code)]
 mod mapped_file;
 mod packed_file;
 mod plan;
 mod safetensors_file;
+mod safetensors_header;
+mod safetensors_limits;
+mod shard_index;
 mod table;
 mod tokenizer;
 mod weights;

@@ -3,24 +3,23 @@
 use std::borrow::Cow;
 use std::path::Path;
 
-use bitnet_contracts::{ModelError, Result};
-use safetensors::SafeTensors;
-use safetensors::tensor::Metadata;
+use bitnet_contracts::{InferenceError, ModelError, Result};
 
 use super::mapped_file::{FilePart, MappedFile, Stamp};
+use super::safetensors_header::{self, TensorEntry};
 
-/// An open file. The `safetensors` crate has checked the header: its length, the offsets, that they tile the rest of the file.
+/// An open file with a checked header.
 pub(super) struct SafetensorsFile {
     file: MappedFile,
     data: usize,
-    pub(super) metadata: Metadata,
+    tensors: Vec<TensorEntry>,
 }
 
 impl SafetensorsFile {
     /// Maps `path`.
     ///
     /// # Errors
-    /// `ModelError::FileNotFound`, `::LoadingFailed`, `::InvalidFormat`.
+    /// `ModelError::FileNotFound`, `::LoadingFailed`, `::InvalidFormat` naming the file, the tensor and what is wrong with it.
     pub(super) fn open(path: &Path) -> Result<Self> {
         Self::parse(MappedFile::open(path)?)
     }
@@ -34,17 +33,18 @@ impl SafetensorsFile {
     }
 
     fn parse(file: MappedFile) -> Result<Self> {
-        let (header, metadata) = SafeTensors::read_metadata(file.bytes()).map_err(|e| ModelError::InvalidFormat {
-            format: format!("{}: {e}", file.path().display()),
-            expected: "a safetensors file".to_string(),
-        })?;
-        // `read_metadata` counts the header's JSON without the eight bytes of its length.
-        Ok(Self { data: header + 8, file, metadata })
+        let (data, tensors) = safetensors_header::read(file.bytes()).map_err(|reason| broken(file.path(), &reason))?;
+        Ok(Self { data, tensors, file })
     }
 
     /// The file's path.
     pub(super) fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// All tensors.
+    pub(super) fn tensors(&self) -> &[TensorEntry] {
+        &self.tensors
     }
 
     /// What tells the file from others; None when it is in memory.
@@ -54,13 +54,8 @@ impl SafetensorsFile {
 
     /// The bytes at `offsets` of the data section.
     pub(super) fn data(&self, offsets: (usize, usize)) -> Result<&[u8]> {
-        self.file.bytes().get(self.data..).and_then(|data| data.get(offsets.0..offsets.1)).ok_or_else(|| {
-            ModelError::InvalidFormat {
-                format: format!("{}: a tensor at {offsets:?} lies outside the file", self.path().display()),
-                expected: "a safetensors file".to_string(),
-            }
-            .into()
-        })
+        let data = self.file.bytes().get(self.data..).and_then(|data| data.get(offsets.0..offsets.1));
+        data.ok_or_else(|| broken(self.path(), &format!("a tensor at {offsets:?} lies outside the file")))
     }
 
     /// The bytes at `offsets` of the data section, to be read later.
@@ -72,4 +67,12 @@ impl SafetensorsFile {
     pub(super) fn release(&self, offsets: (usize, usize)) {
         self.file.release(self.data + offsets.0..self.data + offsets.1.max(offsets.0));
     }
+}
+
+fn broken(path: &Path, what: &str) -> InferenceError {
+    ModelError::InvalidFormat {
+        format: format!("{}: {what}", path.display()),
+        expected: "a safetensors file".to_string(),
+    }
+    .into()
 }

@@ -52,6 +52,29 @@ impl Tokenizer {
         self.0.id_to_token(id)
     }
 
+    /// Every id, be it of an added token or of one that is put around a text, must have a row in the embedding. A tokenizer with fewer
+    /// tokens than rows is fine: embeddings are padded. `path` is for the error.
+    ///
+    /// # Errors
+    /// `ModelError::ValidationFailed` naming the token and the ids.
+    pub(super) fn expect_below(&self, vocab_size: usize, path: &Path) -> Result<()> {
+        let beyond = |id: u32| id as usize >= vocab_size;
+        let mut tokens: Vec<_> = self.0.get_vocab(true).into_iter().filter(|&(_, id)| beyond(id)).collect();
+        // What a post-processor puts around a text has ids of its own. One that fails on no text is an error where it is used.
+        for id in self.encode("").unwrap_or_default().into_iter().filter(|&id| beyond(id)) {
+            tokens.push(("(of the post-processor)".to_string(), id));
+        }
+        let Some((token, id)) = tokens.iter().min_by_key(|(token, id)| (*id, token.as_str())) else { return Ok(()) };
+        Err(ModelError::ValidationFailed {
+            reason: format!(
+                "{}: token {token:?} has id {id}, and the model's vocab_size is {vocab_size}: ids beyond it: {}",
+                path.display(),
+                tokens.len()
+            ),
+        }
+        .into())
+    }
+
     /// Number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.0.get_vocab_size(true)
@@ -94,6 +117,33 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[rstest::rstest]
+    #[case(r#""added_tokens": []"#, None)]
+    #[case(
+        r#""added_tokens": [{"id": 7, "content": "<s>", "special": true, "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false}]"#,
+        Some("\"<s>\" has id 5")
+    )]
+    #[case(
+        r#""post_processor": {"type": "TemplateProcessing", "single":
+        [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [9], "tokens": ["<s>"]}}}"#,
+        Some("has id 9")
+    )]
+    fn ids_have_rows(#[case] more: &str, #[case] beyond: Option<&str>) {
+        let json = r#"{"version": "1.0", MORE, "model": {"type": "BPE", "vocab": {"a": 0, "b": 4, "c": 1, "d": 2, "e": 3},
+            "merges": []}}"#;
+        let tokenizer = Tokenizer::from_json(json.replace("MORE", more).as_bytes(), Path::new("t.json")).unwrap();
+        let error = |vocab_size| tokenizer.expect_below(vocab_size, Path::new("f/t.json")).map_err(|e| e.to_string());
+        assert!(error(4).unwrap_err().contains("f/t.json: token \"b\" has id 4, and the model's vocab_size is 4"));
+        match beyond {
+            None => error(5).unwrap(),
+            Some(words) => assert!(error(5).unwrap_err().contains(words), "{:?}", error(5)),
+        }
+        error(10).unwrap();
     }
 
     /// Found by the same target: a template that names a special token which it does not define.

@@ -533,7 +533,7 @@ fn kernel_parameters_must_be_known() {
     infinite.tensor("blk.0.attn_q.weight_scale").data = f32::INFINITY.to_le_bytes().to_vec();
     assert!(matches!(
         read(infinite.bytes().0, &options).map(|_| ()).unwrap_err(),
-        InferenceError::Quantization(QuantizationError::InvalidScale { tensor, .. }) if tensor == "blk.0.attn_q.weight_scale"
+        InferenceError::Quantization(QuantizationError::InvalidScale { tensor, .. }) if tensor == "blk.0.attn_q.weight_scale of m.gguf"
     ));
 }
 

@@ -6,6 +6,7 @@ use super::cursor::broken;
 use super::file::GgufFile;
 use super::{GgufOptions, contradiction};
 use crate::model::description::{Activation, ModelDescription, WeightScale};
+use crate::model::in_file::in_file;
 
 /// Architectures that are read, and the activation that each stands for. `bitnet-b1.58` and `bitnet-25`, of bitnet.cpp and ik_llama.cpp,
 /// are the graph of the 2B4T model. `bitnet` is None: llama.cpp runs it with SiLU, for the first b1.58 models; models with squared ReLU
@@ -25,19 +26,17 @@ pub(super) const EOS_LIST_KEY: &str = "bitnet.eos_token_ids";
 /// `ConfigurationError` for another architecture and for values that make no model, `ModelError` naming the key for values of the
 /// wrong type.
 pub(super) fn describe(file: &GgufFile, options: &GgufOptions) -> Result<ModelDescription> {
+    read(file, options).map_err(|error| in_file(file.path(), error))
+}
+
+fn read(file: &GgufFile, options: &GgufOptions) -> Result<ModelDescription> {
     let architecture = file.text("general.architecture")?.ok_or_else(|| missing("general.architecture"))?;
     let Some(&(_, own)) = ARCHITECTURES.iter().find(|(name, _)| *name == architecture) else {
         let known = ARCHITECTURES.map(|(name, _)| name).join(", ");
-        return Err(incompatible(format!(
-            "{}: general.architecture is {architecture:?}, not one of {known}",
-            file.path().display()
-        )));
+        return Err(incompatible(format!("general.architecture is {architecture:?}, not one of {known}")));
     };
     if file.size("split.count")?.is_some_and(|n| n > 1) {
-        return Err(incompatible(format!(
-            "{}: one part of a file that was split; merge it first",
-            file.path().display()
-        )));
+        return Err(incompatible("split.count: one part of a file that was split; merge it first".to_string()));
     }
     let key = |part: &str| format!("{architecture}.{part}");
     let size = |part: &str| file.size(&key(part))?.ok_or_else(|| missing(&key(part)));
@@ -158,8 +157,7 @@ fn refuse_rope_scaling(file: &GgufFile, architecture: &str) -> Result<()> {
         return Ok(());
     }
     Err(incompatible(format!(
-        "{}: {} is {:?} with a factor of {factor:?}; BitNet b1.58 has no scaled positions",
-        file.path().display(),
+        "{} is {:?} with a factor of {factor:?}; BitNet b1.58 has no scaled positions",
         key("scaling.type"),
         ty.unwrap_or_default()
     )))

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::model::TensorSummary;
 use crate::model::description::ModelDescription;
+use crate::model::in_file::{in_file, named};
 use crate::model::mapped_file::FilePart;
 use crate::model::weights::{FloatMatrix, FloatValues, TernarySource, TernaryTensor};
 use crate::ternary::tl_kernel::TlKernels;
@@ -206,6 +207,14 @@ impl GgufModel {
 
     /// The ternary matrix under its Hugging Face name, without `.weight`.
     pub(in crate::model) fn ternary(&self, name: &str, rows: usize, columns: usize) -> Result<TernaryTensor<'_>> {
+        let path = self.file.path();
+        let mut tensor = self.stored_ternary(name, rows, columns).map_err(|error| in_file(path, error))?;
+        // Its rows are unpacked later, and name what they find wrong by this.
+        tensor.name = named(path, &tensor.name);
+        Ok(tensor)
+    }
+
+    fn stored_ternary(&self, name: &str, rows: usize, columns: usize) -> Result<TernaryTensor<'_>> {
         let (gguf, tensor) = self.tensor(&format!("{name}.weight"))?;
         self.expect_shape(&gguf, tensor, &[rows, columns])?;
         let bytes = self.file.data(tensor)?;
