@@ -328,10 +328,16 @@ fn is_there(path: &Path) -> bool {
 }
 
 fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let file = open_regular(path)?;
+    let too_large = || loading_failed(path, &format!("larger than {limit} bytes"));
+    if file.metadata().is_ok_and(|metadata| metadata.len() > limit) {
+        return Err(too_large());
+    }
     let mut bytes = Vec::new();
-    open_regular(path)?.take(limit + 1).read_to_end(&mut bytes).map_err(|e| loading_failed(path, &e))?;
+    // The length may not be true, or not any more.
+    file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| loading_failed(path, &e))?;
     if bytes.len() as u64 > limit {
-        return Err(loading_failed(path, &format!("larger than {limit} bytes")));
+        return Err(too_large());
     }
     Ok(bytes)
 }

@@ -122,7 +122,7 @@ mod tests {
     #[rstest::rstest]
     #[case(r#""added_tokens": []"#, None)]
     #[case(
-        r#""added_tokens": [{"id": 7, "content": "<s>", "special": true, "single_word": false, "lstrip": false,
+        r#""added_tokens": [{"id": 5, "content": "<s>", "special": true, "single_word": false, "lstrip": false,
         "rstrip": false, "normalized": false}]"#,
         Some("\"<s>\" has id 5")
     )]

@@ -1,10 +1,11 @@
-//! Files with one thing wrong: each a typed error that names the file, the key or tensor, and what is wrong.
+//! Files with one thing wrong: each a typed error that names the file, the key or tensor, and what is wrong. What can be wrong with a file
+//! of any engine is in `fixtures/malformed`; these are the rest: types, keys and combinations that few have.
 
 use bitnet_contracts::{ConfigurationError, InferenceError, ModelError, QuantizationError};
 use bitnet_engine::model::gguf::GgufOptions;
 use bitnet_engine::ternary::{I2sLayout, TlKernel, iq2_bn};
 
-use super::raw::{HIDDEN, Key, Raw, array, read, text};
+use super::raw::{HIDDEN, Key, Raw, RawModel, array, read, text};
 
 /// Makes one thing wrong, and gives words that the error must have. Errors about the file as such name it.
 type Case = (&'static str, fn(&mut Raw), &'static [&'static str]);
@@ -20,81 +21,12 @@ fn scale(raw: &mut Raw, bytes: [u8; 4]) {
 }
 
 const CASES: &[Case] = &[
-    ("magic", |r| r.magic = *b"GGML", &["m.gguf", "GGUF"]),
-    ("version 1", |r| r.version = 1, &["m.gguf", "version 1"]),
-    ("version 4", |r| r.version = 4, &["m.gguf", "version 4"]),
-    ("big endian", |r| r.version = 3u32.swap_bytes(), &["m.gguf", "big endian"]),
-    ("more tensors than bytes", |r| r.tensor_count = Some(60_000), &["m.gguf", "truncated", "number of tensors"]),
-    ("absurdly many tensors", |r| r.tensor_count = Some(u64::MAX), &["m.gguf", "number of tensors", "more than 65536"]),
     ("more keys than bytes", |r| r.key_count = Some(60_000), &["m.gguf", "truncated", "number of keys"]),
-    ("absurdly many keys", |r| r.key_count = Some(1 << 60), &["m.gguf", "number of keys", "more than 65536"]),
-    ("key that is no text", |r| r.keys[3].name = vec![0xff, 0xfe], &["m.gguf", "key 3", "UTF-8"]),
-    (
-        "key twice",
-        |r| r.keys[3].name = b"general.architecture".to_vec(),
-        &["m.gguf", "\"general.architecture\"", "twice"],
-    ),
-    ("unknown type of value", |r| r.keys[3].ty = 13, &["m.gguf", "bitnet-b1.58.block_count", "type 13"]),
-    ("a boolean of 2", |r| r.set("x", 7, vec![2]), &["m.gguf", "\"x\"", "boolean"]),
-    (
-        "a string longer than any",
-        |r| r.set("x", 8, u64::MAX.to_le_bytes().to_vec()),
-        &["m.gguf", "\"x\"", "more than 16777216"],
-    ),
-    (
-        "a string longer than the file",
-        |r| r.set("x", 8, 1_000_000u64.to_le_bytes().to_vec()),
-        &["m.gguf", "\"x\"", "truncated"],
-    ),
-    (
-        "an array longer than any",
-        |r| r.set("x", 9, [u32(4), u64::MAX.to_le_bytes().to_vec()].concat()),
-        &["m.gguf", "\"x\"", "more than 2097152"],
-    ),
-    (
-        "an array longer than the file",
-        |r| r.set("x", 9, [u32(10), 2_000_000u64.to_le_bytes().to_vec()].concat()),
-        &["m.gguf", "\"x\"", "truncated"],
-    ),
-    ("an array of an unknown type", |r| r.set("x", 9, array(99, &[])), &["m.gguf", "\"x\"", "type 99"]),
-    (
-        "arrays in arrays in arrays",
-        |r| {
-            let deep = (0..6).fold(array(4, &[]), |inner, _| array(9, &[inner]));
-            r.set("x", 9, deep);
-        },
-        &["m.gguf", "\"x\"", "deep"],
-    ),
-    ("alignment 0", |r| r.set("general.alignment", 4, u32(0)), &["m.gguf", "general.alignment is 0"]),
-    ("alignment 48", |r| r.set("general.alignment", 4, u32(48)), &["m.gguf", "general.alignment is 48"]),
-    ("alignment of 2^31", |r| r.set("general.alignment", 4, u32(1 << 31)), &["m.gguf", "general.alignment"]),
     (
         "alignment that is a text",
         |r| r.set("general.alignment", 8, text("32")),
         &["m.gguf", "general.alignment", "string"],
     ),
-    ("no dimensions", |r| r.tensors[1].dimensions.clear(), &["m.gguf", "\"output_norm.weight\"", "0 dimensions"]),
-    (
-        "five dimensions",
-        |r| r.tensors[1].dimensions = vec![1; 5],
-        &["m.gguf", "\"output_norm.weight\"", "5 dimensions"],
-    ),
-    (
-        "a dimension of 0",
-        |r| r.tensors[1].dimensions = vec![0],
-        &["m.gguf", "\"output_norm.weight\"", "dimension of 0"],
-    ),
-    (
-        "dimensions whose product overflows",
-        |r| r.tensors[1].dimensions = vec![1 << 33, 1 << 33],
-        &["m.gguf", "\"output_norm.weight\"", "dimension"],
-    ),
-    (
-        "bytes that overflow",
-        |r| r.tensors[1].dimensions = vec![1 << 62],
-        &["m.gguf", "\"output_norm.weight\"", "cannot be F32"],
-    ),
-    ("an unknown type", |r| r.tensors[1].ty = 77, &["m.gguf", "\"output_norm.weight\"", "type 77"]),
     ("a type of run time", |r| r.tensors[1].ty = 335, &["m.gguf", "\"output_norm.weight\"", "IQ2_BN_R4"]),
     ("type 39 and nothing to tell what it is", |r| r.tensors[7].ty = 39, &["m.gguf", "TL2", "no general.file_type"]),
     (
@@ -119,53 +51,9 @@ const CASES: &[Case] = &[
         &["m.gguf", "\"blk.0.attn_k.weight\"", "cannot be TQ1_0"],
     ),
     (
-        "an offset that is not aligned",
-        |r| r.tensors[1].offset = Some(2049),
-        &["m.gguf", "\"output_norm.weight\"", "2049", "alignment 32"],
-    ),
-    (
-        "an offset behind the end",
-        |r| r.tensors[1].offset = Some(1 << 20),
-        &["m.gguf", "truncated", "\"output_norm.weight\""],
-    ),
-    (
-        "an offset that overflows",
-        |r| r.tensors[1].offset = Some(u64::MAX - 31),
-        &["m.gguf", "truncated", "\"output_norm.weight\""],
-    ),
-    (
-        "tensors that overlap",
-        |r| r.tensors[1].offset = Some(32),
-        &["m.gguf", "\"output_norm.weight\"", "\"token_embd.weight\"", "overlap"],
-    ),
-    (
-        "a tensor twice",
-        |r| r.tensors[3].name = b"blk.0.attn_norm.weight".to_vec(),
-        &["m.gguf", "\"blk.0.attn_norm.weight\"", "twice"],
-    ),
-    (
-        "a name longer than any",
-        |r| r.tensors[1].name = vec![b'x'; 129],
-        &["m.gguf", "name of tensor 1", "more than 128"],
-    ),
-    (
-        "a tensor that is missing",
-        |r| r.remove("blk.0.ffn_up.weight"),
-        &["m.gguf", "\"blk.0.ffn_up.weight\"", "missing"],
-    ),
-    (
         "a tensor under another name",
         |r| r.tensor("blk.0.ffn_up.weight").name = b"blk.0.ffn_above.weight".to_vec(),
         &["m.gguf", "\"blk.0.ffn_up.weight\"", "missing"],
-    ),
-    (
-        "a tensor too many",
-        |r| {
-            let mut more = r.tensors[1].clone();
-            more.name = b"rope_freqs.weight".to_vec();
-            r.tensors.push(more);
-        },
-        &["m.gguf", "\"rope_freqs.weight\"", "none of this architecture"],
     ),
     (
         "a layer too many",
@@ -186,16 +74,6 @@ const CASES: &[Case] = &[
         },
         &["m.gguf", "\"blk.0.attn_q.weight_scale\""],
     ),
-    ("wrong rank", |r| r.tensors[1].dimensions = vec![32, 2], &["m.gguf", "\"output_norm.weight\"", "[2, 32]", "[64]"]),
-    (
-        "wrong shape",
-        |r| {
-            let trits = vec![0i8; 32 * HIDDEN];
-            let q = r.tensor("blk.0.attn_q.weight");
-            (q.dimensions, q.data) = (vec![64, 32], iq2_bn::pack("", &trits, 32, HIDDEN, 1.0).unwrap());
-        },
-        &["m.gguf", "\"blk.0.attn_q.weight\"", "[32, 64]", "[64, 64]"],
-    ),
     (
         "a norm of trits",
         |r| {
@@ -204,55 +82,12 @@ const CASES: &[Case] = &[
         },
         &["m.gguf", "\"output_norm.weight\"", "IQ2_BN"],
     ),
-    (
-        "a NaN in the embedding",
-        |r| r.tensors[0].data[40..44].copy_from_slice(&f32::NAN.to_le_bytes()),
-        &["m.gguf", "\"token_embd.weight\"", "NaN"],
-    ),
-    (
-        "an infinite gain",
-        |r| r.tensors[1].data[4..8].copy_from_slice(&f32::INFINITY.to_le_bytes()),
-        &["m.gguf", "\"output_norm.weight\"", "infinity"],
-    ),
-    ("a scale of NaN", |r| scale(r, f32::NAN.to_le_bytes()), &["blk.0.attn_q.weight", "NaN"]),
-    ("an infinite scale", |r| scale(r, f32::INFINITY.to_le_bytes()), &["blk.0.attn_q.weight", "inf"]),
-    ("a scale of 0", |r| scale(r, [0; 4]), &["blk.0.attn_q.weight", "0"]),
-    ("a negative scale", |r| scale(r, (-0.5f32).to_le_bytes()), &["blk.0.attn_q.weight", "-0.5"]),
-    ("a denormal scale", |r| scale(r, [1, 0, 0, 0]), &["blk.0.attn_q.weight"]),
-    ("a scale unlike the others", |r| scale(r, 0.25f32.to_le_bytes()), &["blk.0.attn_q.weight", "one scale", "0.25"]),
-    ("a code that is no trit", |r| r.tensors[7].data[4] = 0b1100_0000, &["blk.0.attn_k.weight", "3 at position 48"]),
-    ("no architecture", |r| r.remove("general.architecture"), &["general.architecture"]),
-    (
-        "another architecture",
-        |r| r.set("general.architecture", 8, text("llama")),
-        &["m.gguf", "\"llama\"", "bitnet-25"],
-    ),
     ("a split file", |r| r.set("split.count", 2, vec![3, 0]), &["m.gguf", "split"]),
-    ("no hidden size", |r| r.remove("bitnet-b1.58.embedding_length"), &["bitnet-b1.58.embedding_length"]),
-    (
-        "a hidden size that is a text",
-        |r| r.set("bitnet-b1.58.embedding_length", 8, text("64")),
-        &["m.gguf", "bitnet-b1.58.embedding_length", "string"],
-    ),
     (
         "a negative hidden size",
         |r| r.set("bitnet-b1.58.embedding_length", 5, (-64i32).to_le_bytes().to_vec()),
         &["m.gguf", "bitnet-b1.58.embedding_length", "-64"],
     ),
-    ("no heads", |r| r.set("bitnet-b1.58.attention.head_count", 4, u32(0)), &[]),
-    ("heads that do not divide", |r| r.set("bitnet-b1.58.attention.head_count", 4, u32(3)), &[]),
-    ("absurdly many layers", |r| r.set("bitnet-b1.58.block_count", 4, u32(u32::MAX)), &[]),
-    (
-        "more layers than tensors",
-        |r| r.set("bitnet-b1.58.block_count", 4, u32(90)),
-        &["m.gguf", "90 layers", "13 tensors"],
-    ),
-    (
-        "a vocabulary of another size",
-        |r| r.set("bitnet-b1.58.vocab_size", 4, u32(9)),
-        &["m.gguf", "vocab_size is 9", "8 rows"],
-    ),
-    ("theta of NaN", |r| r.set("bitnet-b1.58.rope.freq_base", 6, f32::NAN.to_le_bytes().to_vec()), &["rope_theta"]),
     (
         "scaled positions",
         |r| r.set("bitnet-b1.58.rope.scaling.type", 8, text("yarn")),
@@ -268,21 +103,11 @@ const CASES: &[Case] = &[
         |r| r.set("bitnet.activation", 8, text("gelu")),
         &["m.gguf", "bitnet.activation", "gelu"],
     ),
-    (
-        "fewer tokens than rows",
-        |r| r.set("tokenizer.ggml.tokens", 9, array(8, &["a", "b"].map(text))),
-        &["m.gguf", "tokenizer.ggml.tokens has 2", "8 rows"],
-    ),
     ("no tokens", |r| r.remove("tokenizer.ggml.tokens"), &["m.gguf", "tokenizer.ggml.tokens"]),
     (
         "tokens that are numbers",
         |r| r.set("tokenizer.ggml.tokens", 9, array(4, &[u32(1)])),
         &["m.gguf", "tokenizer.ggml.tokens", "strings"],
-    ),
-    (
-        "a token twice",
-        |r| r.set("tokenizer.ggml.tokens", 9, array(8, &["a", "b", "c", "ab", "abc", "a", "<s>", "</s>"].map(text))),
-        &["m.gguf", "token is there twice"],
     ),
     (
         "a token that is no text",

@@ -6,7 +6,7 @@ use bitnet_engine::model::gguf::GgufOptions;
 use bitnet_engine::ternary::{I2sLayout, TlKernel};
 use proptest::prelude::*;
 
-use super::raw::{Raw, read};
+use super::raw::{Raw, RawModel, read};
 
 fn model() -> (Vec<u8>, usize) {
     static MODEL: OnceLock<(Vec<u8>, usize)> = OnceLock::new();

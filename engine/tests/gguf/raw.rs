@@ -1,4 +1,4 @@
-//! A GGUF file put together by hand, so that every field of it can be made wrong.
+//! The GGUF model that these tests spoil, and how it is read.
 
 use std::path::Path;
 
@@ -7,50 +7,25 @@ use bitnet_engine::model::Checkpoint;
 use bitnet_engine::model::gguf::{GgufFile, GgufModel, GgufOptions};
 use bitnet_engine::ternary::iq2_bn;
 
-/// A key with the number of its type and the bytes of its value.
-#[derive(Debug, Clone)]
-pub struct Key {
-    pub name: Vec<u8>,
-    pub ty: u32,
-    pub value: Vec<u8>,
-}
-
-/// A tensor; `offset` None is behind the one before.
-#[derive(Debug, Clone)]
-pub struct RawTensor {
-    pub name: Vec<u8>,
-    pub dimensions: Vec<u64>,
-    pub ty: u32,
-    pub offset: Option<u64>,
-    pub data: Vec<u8>,
-}
-
-/// A file.
-#[derive(Debug, Clone)]
-pub struct Raw {
-    pub magic: [u8; 4],
-    pub version: u32,
-    pub tensor_count: Option<u64>,
-    pub key_count: Option<u64>,
-    pub keys: Vec<Key>,
-    pub tensors: Vec<RawTensor>,
-    pub alignment: usize,
-}
-
-pub fn text(value: &str) -> Vec<u8> {
-    [&(value.len() as u64).to_le_bytes()[..], value.as_bytes()].concat()
-}
-
-pub fn array(ty: u32, elements: &[Vec<u8>]) -> Vec<u8> {
-    [&ty.to_le_bytes()[..], &(elements.len() as u64).to_le_bytes(), &elements.concat()].concat()
-}
+pub use fixtures::{RawGguf as Raw, RawKey as Key, RawTensor, gguf_array as array, gguf_text as text};
 
 pub const HIDDEN: usize = 64;
 pub const VOCABULARY: usize = 8;
 
-impl Raw {
+/// What these tests do with such a file.
+pub trait RawModel: Sized {
     /// A model of one layer, 64 wide, in IQ2_BN, with a vocabulary of 8 and a tokenizer.
-    pub fn model() -> Self {
+    fn model() -> Self;
+
+    /// A tensor that is there.
+    fn tensor(&mut self, name: &str) -> &mut RawTensor;
+
+    /// Opens the file and reads every tensor of it.
+    fn read(&self) -> Result<Checkpoint>;
+}
+
+impl RawModel for Raw {
+    fn model() -> Self {
         let key = |name: &str, ty: u32, value: Vec<u8>| Key { name: name.into(), ty, value };
         let number = |name: &str, n: u32| key(&format!("bitnet-b1.58.{name}"), 4, n.to_le_bytes().to_vec());
         let tokens: Vec<_> = ["a", "b", "c", "ab", "abc", "Ġ", "<s>", "</s>"].map(text).into();
@@ -93,54 +68,14 @@ impl Raw {
         ];
         tensors.extend(["attn_norm", "attn_sub_norm", "ffn_norm", "ffn_sub_norm"].map(|n| norm(&format!("blk.0.{n}"))));
         tensors.extend(["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"].map(linear));
-        Self { magic: *b"GGUF", version: 3, tensor_count: None, key_count: None, keys, tensors, alignment: 32 }
+        Self::new(keys, tensors)
     }
 
-    pub fn tensor(&mut self, name: &str) -> &mut RawTensor {
-        self.tensors.iter_mut().find(|t| t.name == name.as_bytes()).unwrap()
+    fn tensor(&mut self, name: &str) -> &mut RawTensor {
+        self.find(name).unwrap()
     }
 
-    pub fn set(&mut self, name: &str, ty: u32, value: Vec<u8>) {
-        self.keys.retain(|key| key.name != name.as_bytes());
-        self.keys.push(Key { name: name.into(), ty, value });
-    }
-
-    pub fn remove(&mut self, name: &str) {
-        self.keys.retain(|key| key.name != name.as_bytes());
-        self.tensors.retain(|tensor| tensor.name != name.as_bytes());
-    }
-
-    /// Bytes of the file, and how many of them are header.
-    pub fn bytes(&self) -> (Vec<u8>, usize) {
-        let mut out = self.magic.to_vec();
-        out.extend(self.version.to_le_bytes());
-        out.extend(self.tensor_count.unwrap_or(self.tensors.len() as u64).to_le_bytes());
-        out.extend(self.key_count.unwrap_or(self.keys.len() as u64).to_le_bytes());
-        for key in &self.keys {
-            out.extend((key.name.len() as u64).to_le_bytes());
-            out.extend(&key.name);
-            out.extend(key.ty.to_le_bytes());
-            out.extend(&key.value);
-        }
-        let mut data: Vec<u8> = Vec::new();
-        for tensor in &self.tensors {
-            out.extend((tensor.name.len() as u64).to_le_bytes());
-            out.extend(&tensor.name);
-            out.extend((tensor.dimensions.len() as u32).to_le_bytes());
-            tensor.dimensions.iter().for_each(|n| out.extend(n.to_le_bytes()));
-            out.extend(tensor.ty.to_le_bytes());
-            data.resize(data.len().next_multiple_of(self.alignment), 0);
-            out.extend(tensor.offset.unwrap_or(data.len() as u64).to_le_bytes());
-            data.extend(&tensor.data);
-        }
-        let header = out.len();
-        out.resize(header.next_multiple_of(self.alignment), 0);
-        out.extend(data);
-        (out, header)
-    }
-
-    /// Opens the file and reads every tensor of it.
-    pub fn read(&self) -> Result<Checkpoint> {
+    fn read(&self) -> Result<Checkpoint> {
         read(self.bytes().0, &GgufOptions::default())
     }
 }
