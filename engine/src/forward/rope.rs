@@ -49,6 +49,7 @@ impl Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::guarded::{Guarded, Place};
 
     #[test]
     fn pairs_are_half_a_head_apart() {
@@ -72,5 +73,32 @@ mod tests {
         let mut x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         rope.apply(&mut x, &angles);
         assert_eq!(x, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    }
+
+    /// Every even width around the vectors, at every offset, between pages that nobody may touch.
+    #[test]
+    fn heads_of_every_width_turn_by_the_definition() {
+        for half in (1..=34).chain([63, 64, 65]) {
+            let (rope, heads) = (Rope::new(500_000.0, 2 * half), 1 + half % 3);
+            let mut angles = Vec::new();
+            rope.angles(17, &mut angles);
+            let number = |i: usize| ((i * 37 + half) % 101) as f32 / 50.0 - 1.0;
+            let x: Vec<f32> = (0..heads * 2 * half).map(number).collect();
+            for place in Place::all::<f32>() {
+                let (mut turned, angles) = (Guarded::of(&x, place), Guarded::of(&angles, place));
+                rope.apply(&mut turned, &angles);
+                for (i, &found) in turned.iter().enumerate() {
+                    let (head, at) = (i / (2 * half) * 2 * half, i % (2 * half));
+                    let [a, b] = [head + at % half, head + at % half + half].map(|i| f64::from(x[i]));
+                    let frequency = 500_000f64.powf(-((at % half) as f64) / half as f64);
+                    let (sin, cos) = (17.0 * frequency).sin_cos();
+                    let expected = if at < half { a * cos - b * sin } else { b * cos + a * sin };
+                    assert!(
+                        (f64::from(found) - expected).abs() < 1e-5,
+                        "{i} of {heads} heads of {half} pairs at {place:?}"
+                    );
+                }
+            }
+        }
     }
 }

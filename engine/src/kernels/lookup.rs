@@ -321,6 +321,7 @@ fn fold<L: LookupLanes, const G: usize, const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::guarded::{Guarded, Place};
     use crate::kernels::{Isa, Kernels};
 
     /// Every entry for the activations that make the largest sums, -128 among them.
@@ -330,7 +331,7 @@ mod tests {
         for isa in Isa::available() {
             for packing in [Packing::Pairs, Packing::Triples] {
                 let kernels = Kernels::of(isa).unwrap().with_packing(packing);
-                let mut lines = vec![Line([0xee; BLOCK_BYTES]); table_lines(packing, 96 * 5)];
+                let mut lines = Guarded::<Line>::new(table_lines(packing, 96 * 5), Place::End);
                 let a: Vec<i8> = (0..96 * 5).map(|i| extremes[(i * 7 + i / 5 * 3 + i / 96) % 5]).collect();
                 kernels.tables(&a, &mut lines);
                 let entry =

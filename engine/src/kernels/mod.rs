@@ -9,7 +9,11 @@ mod activations;
 mod attention;
 pub(crate) mod chunks;
 mod columns;
+#[cfg(test)]
+mod edges;
 pub(crate) mod float;
+#[cfg(test)]
+pub(crate) mod guarded;
 mod head_matmul;
 mod head_screen;
 mod isa;

@@ -27,8 +27,14 @@ impl Pages {
         // Room to start on a large page; what is never touched costs no memory.
         let slack = if len >= LARGE_PAGE { LARGE_PAGE } else { 64 };
         let room = len.checked_add(slack).ok_or_else(|| failed("more than the address space".to_string()))?;
-        let map = MmapMut::map_anon(room).map_err(|e| failed(e.to_string()))?;
+        #[cfg(test)]
+        let room = room.checked_add(super::guarded::spare()).ok_or_else(|| failed("so many".to_string()))?;
+        #[cfg_attr(not(test), allow(unused_mut))]
+        let mut map = MmapMut::map_anon(room).map_err(|e| failed(e.to_string()))?;
         let start = map.as_ptr().align_offset(slack).min(slack);
+        // In the tests of the kernels, reading beyond the weights is a fault.
+        #[cfg(test)]
+        let start = super::guarded::fence(&mut map, start, len, slack);
         // A system without large pages refuses: small ones do.
         #[cfg(target_os = "linux")]
         if len >= LARGE_PAGE {

@@ -124,6 +124,7 @@ pub fn ternary_matmul<const JOBS: usize>(
 mod tests {
     use super::*;
     use crate::kernels::Isa;
+    use crate::kernels::guarded::{Guarded, Place};
     use crate::ternary::interleaved::{Packing, TritSource};
     use proptest::prelude::*;
 
@@ -164,16 +165,16 @@ mod tests {
                 let threads = Threads::new(Some(count)).unwrap();
                 let mut q = QuantizedActivations::default();
                 q.quantize(kernels, &threads, x, columns, &|| "x".to_string()).unwrap();
-                let mut out = vec![f32::NAN; tokens * rows];
-                let mut added = vec![0.5; tokens * rows];
+                let mut out = Guarded::<f32>::new(tokens * rows, Place::any::<f32>(rows + columns));
+                let mut added = Guarded::of(&vec![0.5f32; tokens * rows], Place::any::<f32>(columns + tokens));
                 let jobs = [
                     TernaryJob { weights, out: &mut out, add: false },
                     TernaryJob { weights, out: &mut added, add: true },
                 ];
                 ternary_matmul(kernels, &threads, &q, jobs);
                 assert_eq!(
-                    out,
-                    expected,
+                    *out,
+                    *expected,
                     "{isa}, {:?}, {count} threads, {rows}x{columns}, {tokens} tokens",
                     weights.packing()
                 );

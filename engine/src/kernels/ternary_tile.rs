@@ -18,7 +18,7 @@ pub(crate) const PLANE: usize = 4;
 
 /// Codes of sixteen rows and four columns, a byte each, as a kernel reads them.
 #[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
+#[repr(C, align(64))]
 pub(crate) struct Line(pub(crate) [u8; BLOCK_BYTES]);
 
 /// Sixteen int32 lanes of an instruction set.

@@ -85,7 +85,7 @@ impl Packing {
     }
 
     /// Bytes of a packed matrix, if there are so many.
-    fn bytes(self, rows: usize, columns: usize) -> Option<usize> {
+    pub(crate) fn bytes(self, rows: usize, columns: usize) -> Option<usize> {
         rows.div_ceil(ROWS).checked_mul(self.group_bytes(columns)?)
     }
 }
