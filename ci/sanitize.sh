@@ -3,7 +3,7 @@
 #
 # kernels  the kernels alone (the harness of ci/aarch64, which compiles in a minute) under AddressSanitizer on every instruction set of this
 #          machine, then under valgrind's memcheck, which also sees decisions on memory that nobody wrote.
-# loaders  readers of files and packings under memcheck, the engine compiled as for its tests.
+# loaders  readers of files and packings, as far as they are unit tests, under memcheck; the engine is compiled as for its tests.
 # engine   all tests of the engine under AddressSanitizer, then those that take the best instruction set with each lower one forced.
 #
 # AddressSanitizer is the stable compiler's, behind a switch that RUSTC_BOOTSTRAP opens; what it builds has targets of its own, so that its
@@ -50,7 +50,7 @@ kernels() {
 
 loaders() {
     step "loaders: memcheck"
-    memcheck -p bitnet-engine --lib -- --test-threads=1 "${skip[@]}" model:: ternary::
+    memcheck -p bitnet-engine --lib -- --test-threads=1 "${skip[@]}" --skip kernels:: model:: ternary:: load_tests::
 }
 
 engine() {

@@ -125,8 +125,8 @@ impl<T: Pod> Drop for Guarded<T> {
     }
 }
 
-/// Moves a block of `len` bytes at `start` of `map`, aligned to `alignment`, as near to the end as it can be and lets nobody touch the pages
-/// behind it. `map` has [`spare`] bytes more than the block needs. Gives where the block starts.
+/// Moves a block of `len` bytes at `start` of `map`, aligned to `alignment`, as near to the end as it can be, and lets nobody touch the
+/// pages behind it. `map` has [`spare`] bytes more than the block needs. Gives where the block starts.
 pub(super) fn fence(map: &mut MmapMut, start: usize, len: usize, alignment: usize) -> usize {
     let page = page_size();
     let base = map.as_ptr() as usize;

@@ -55,8 +55,8 @@ pub(super) struct Attention {
     pub(super) seed: u64,
 }
 
-/// In every format: what plain f64 arithmetic gives on what the pages hold, and the same bits on every instruction set. What is in the pages
-/// behind the last position is NaN, or nonsense.
+/// In every format: what plain f64 arithmetic gives on what the pages hold, and the same bits on every instruction set. What is in the
+/// pages behind the last position is NaN, or nonsense.
 pub(super) fn check_attention(case: Attention) {
     let Attention { total, d, group, part, place, seed } = case;
     // Scores of a size that exponentials in f32 bear.
