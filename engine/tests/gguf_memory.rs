@@ -6,6 +6,7 @@
 mod raw;
 
 use bitnet_engine::model::gguf::GgufOptions;
+use raw::RawModel;
 
 /// Peak of the address space, in bytes: counts what is reserved and not touched, too.
 fn peak() -> usize {
