@@ -1,4 +1,10 @@
-//! What the targets share: the bound on memory, and a source of small numbers.
+//! The targets, and what they share: the bound on memory, and a source of small numbers. `engine/tests/fuzz.rs` runs them, too.
+
+pub mod gguf;
+pub mod kernel_diff;
+pub mod pack_roundtrip;
+pub mod safetensors_config;
+pub mod tokenizer;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
