@@ -43,30 +43,13 @@ pub(super) fn read(bytes: &[u8]) -> Result<(usize, Vec<TensorEntry>), String> {
     Ok((LENGTH_BYTES + header.len(), tensors))
 }
 
-/// Every tensor has the bytes that its type and shape ask for, and they follow each other up to the end of the file.
+/// Every tensor has the bytes that its type and shape ask for, and they follow each other up to the end of the file. Each is looked at
+/// alone first: one that lies far off would make its neighbours seem wrong.
 fn check_places(tensors: &[TensorEntry], data: usize) -> Result<(), String> {
+    tensors.iter().try_for_each(|tensor| check_alone(tensor, data))?;
     let mut before: Option<&TensorEntry> = None;
     for tensor in tensors {
-        let (name, (start, end)) = (&tensor.name, tensor.offsets);
-        let elements = tensor.shape.iter().try_fold(1usize, |n, &dimension| n.checked_mul(dimension));
-        let Some(bits) = elements.and_then(|n| n.checked_mul(tensor.dtype.bitsize())) else {
-            return Err(format!("tensor {name:?} has more elements than can be counted: {:?}", tensor.shape));
-        };
-        if end < start {
-            return Err(format!("tensor {name:?} ends at {end}, before its start at {start}"));
-        }
-        if end > data {
-            return Err(format!("truncated: tensor {name:?} ends at byte {end} of the data, which has {data}"));
-        }
-        if !bits.is_multiple_of(8) || end - start != bits / 8 {
-            return Err(format!(
-                "tensor {name:?} has {} bytes, and {:?} of {:?} takes {}",
-                end - start,
-                tensor.shape,
-                tensor.dtype,
-                bits.div_ceil(8)
-            ));
-        }
+        let (name, start) = (&tensor.name, tensor.offsets.0);
         let expected = before.map_or(0, |tensor| tensor.offsets.1);
         match before {
             Some(other) if start < expected => {
@@ -81,6 +64,30 @@ fn check_places(tensors: &[TensorEntry], data: usize) -> Result<(), String> {
     let end = before.map_or(0, |tensor| tensor.offsets.1);
     if end != data {
         return Err(format!("{} bytes behind the last tensor", data - end));
+    }
+    Ok(())
+}
+
+fn check_alone(tensor: &TensorEntry, data: usize) -> Result<(), String> {
+    let (name, (start, end)) = (&tensor.name, tensor.offsets);
+    let elements = tensor.shape.iter().try_fold(1usize, |n, &dimension| n.checked_mul(dimension));
+    let Some(bits) = elements.and_then(|n| n.checked_mul(tensor.dtype.bitsize())) else {
+        return Err(format!("tensor {name:?} has more elements than can be counted: {:?}", tensor.shape));
+    };
+    if end < start {
+        return Err(format!("tensor {name:?} ends at {end}, before its start at {start}"));
+    }
+    if end > data {
+        return Err(format!("truncated: tensor {name:?} ends at byte {end} of the data, which has {data}"));
+    }
+    if !bits.is_multiple_of(8) || end - start != bits / 8 {
+        return Err(format!(
+            "tensor {name:?} has {} bytes, and {:?} of {:?} takes {}",
+            end - start,
+            tensor.shape,
+            tensor.dtype,
+            bits.div_ceil(8)
+        ));
     }
     Ok(())
 }
