@@ -54,9 +54,9 @@ pub fn run(data: &[u8]) {
         for packing in Packing::ALL {
             for isa in Isa::available() {
                 let kernels = Kernels::of(isa).expect("it is available").with_packing(packing);
-                let weights = InterleavedMatrix::pack(&source, &kernels, threads(1)).expect("a small matrix");
+                let weights = InterleavedMatrix::pack(&source, kernels, threads(1)).expect("a small matrix");
                 let mut q = QuantizedActivations::default();
-                let quantized = q.quantize(&kernels, threads(count), &x, columns, &String::new);
+                let quantized = q.quantize(kernels, threads(count), &x, columns, &String::new);
                 let Some(expected) = &expected else {
                     assert!(quantized.is_err(), "{isa}: NaN or infinity was taken");
                     continue;
@@ -66,7 +66,7 @@ pub fn run(data: &[u8]) {
                 let before = 1 + rows % 7;
                 let mut buffer = vec![f32::from_bits(CANARY); before + tokens * rows + 17];
                 let out = &mut buffer[before..before + tokens * rows];
-                ternary_matmul(&kernels, threads(count), &q, [TernaryJob { weights: &weights, out, add: false }]);
+                ternary_matmul(kernels, threads(count), &q, [TernaryJob { weights: &weights, out, add: false }]);
                 let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a == b;
                 assert!(
                     buffer[before..].iter().zip(expected).all(same),
