@@ -56,7 +56,9 @@ fn forge(folder: &Path, path: &Path) {
 fn forge_as(folder: &Path, path: &Path, quantization: Quantization) {
     let checkpoint = Checkpoint::open(&ModelSource::from_path(folder)).unwrap();
     let threads = Threads::new(Some(1)).unwrap();
-    let (_, key) = checkpoint.packed_place(quantization.packing(Kernels::of(Isa::best()).unwrap().packing())).unwrap();
+    let (_, key) = checkpoint
+        .packed_place(quantization.packing(Kernels::of(Isa::from_environment().unwrap()).unwrap().packing()))
+        .unwrap();
     let Found::Fresh(file) = PackedFile::find(path, &key) else { panic!("no file") };
     let mut sections: Vec<Vec<u8>> = file.lengths().iter().map(|&len| vec![0; len as usize]).collect();
     for (i, section) in sections.iter_mut().enumerate() {
